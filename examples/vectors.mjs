@@ -1,4 +1,4 @@
-// All losses of the golden vectors in plain JavaScript: value and gradient by hand, no library.
+// Some losses of the golden vectors in plain JavaScript: value and gradient by hand, no library.
 //
 //     lossfns vectors run --cmd 'node examples/vectors.mjs'
 //

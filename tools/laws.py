@@ -258,7 +258,7 @@ def law_tables(measured: Sequence[Measurement]) -> Iterable[str]:
     for module in modules:
         laws = {name: law for name, law in LAWS.items() if law.__module__.endswith(f".{module}")}
         yield f"### {module}\n\n" + table(head, (row(name, statement(law)) for name, law in laws.items()))
-    yield "### claims\n\n" + table(head, (row(name, words) for name, words in CLAIMS.items()))
+    yield "### claims\n\n" + table(head, (row(name, claim.says) for name, claim in CLAIMS.items()))
 
 
 def kinds_with(law: str) -> str:
@@ -272,7 +272,8 @@ def kinds_with(law: str) -> str:
 def diagnosis_orders() -> str:
     """Return the order of diagnosis of each kind."""
     listed = [f"- {kind}: {', '.join(laws)}" for kind, laws in KINDS.items()]
-    return "### The order of diagnosis\n\nThe claims come last, `vectors` before `agreement`.\n\n" + "\n".join(listed)
+    claims = ", ".join(f"`{name}`" for name in CLAIMS)
+    return f"### The order of diagnosis\n\nThe laws of a claim come last: {claims}.\n\n" + "\n".join(listed)
 
 
 def bug_table(measured: Sequence[Measurement]) -> str:

@@ -98,6 +98,9 @@ def conformance_command(args: argparse.Namespace) -> int:
             from lossfns.conformance.page import page
 
             Path(args.html).write_text(page(report), encoding="utf-8")
+            if args.json != "-":
+                with while_read(sys.stdout):
+                    say(f"\npage  {args.html}")
     except (LossInputError, OSError) as error:
         return print_refusal(error)
     except KeyboardInterrupt:

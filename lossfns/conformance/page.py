@@ -61,13 +61,14 @@ def page(report: Report) -> str:
 <ul class="sum">{counts}</ul>
 {stopped}{f"<h2>What does not hold</h2>{broken}" if broken else ""}
 <h2>Every check</h2>
-<table class="checks"><tr><th></th><th>check</th><th>error</th><th></th></tr>{rows}</table>
+<table class="checks"><tr><th></th><th>check</th><th>deviation</th><th></th></tr>{rows}</table>
 <h2>The run</h2>
 <table>{about}</table>
 <h2>Words</h2>
 <table>{meanings}</table>
-<p class="dim">An error is relative, unless the line says otherwise. Effects of gradients are compared by the change of
-logprobs that they make. A constant factor of all gradients shows only where the server reports grad_norm.</p>
+<p class="dim">A deviation is relative, unless the line says otherwise; beside it stands the largest one that passes.
+Effects of gradients are compared by the change of logprobs that they make. A constant factor of all gradients shows
+only where the server reports grad_norm.</p>
 </body></html>
 """
 

@@ -181,7 +181,7 @@ def number(x: float) -> float | str | None:
 
 
 def measured(r: Result) -> str:
-    """Return the error of a check beside its tolerance, or "" if it has no number."""
+    """Return the deviation of a check beside its tolerance, or "" if it has no number."""
     if math.isnan(r.tolerance):
         return ""
     error = "0" if r.error == 0 else f"{r.error:.1e}"

@@ -9,8 +9,9 @@ import os
 import signal
 import socket
 import threading
+import warnings
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lossfns.errors import LossInputError
 from lossfns.terminal import print_refusal
@@ -127,8 +128,22 @@ def serve(app: Starlette, *, host: str = "127.0.0.1", port: int = 8000, log: boo
     with listening_socket(host, port) as sock:
         name = f"[{host}]" if ":" in host else host
         print(f"lossfns serve: http://{name}:{sock.getsockname()[1]}", flush=True)
-        with asyncio.Runner(loop_factory=uvicorn.Config(app).get_loop_factory()) as runner:
+        loop_factory = uvicorn.Config(app).get_loop_factory()
+        with warnings.catch_warnings(), asyncio.Runner(loop_factory=loop_factory) as runner:
+            warnings.showwarning = log_warning
             runner.run(serve_socket(app, sock, log))
+
+
+def log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Log a warning as one line. Its place would be one of the server's own threads."""
+    logging.getLogger("lossfns.server").warning("%s: %s", category.__name__, " ".join(str(message).split()))
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -155,7 +170,7 @@ async def serve_socket(app: Starlette, sock: socket.socket, log: bool = False) -
     import uvicorn
 
     if log:
-        logger = logging.getLogger("lossfns.server.access")
+        logger = logging.getLogger("lossfns.server")
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.handlers[:], logger.propagate = [handler], False

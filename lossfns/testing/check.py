@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from lossfns.errors import LossInputError, LossWarning, did_you_mean
+import torch
+
+from lossfns.errors import LossInputError, did_you_mean
+from lossfns.inspect.probe import ALIASES
 from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
-from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
+from lossfns.testing.claims import agreement, claim_of, matching_vectors, small_weights, vectors_law
 from lossfns.testing.completed import CompletedLoss, completed
 from lossfns.testing.factories import FactoryLoss
 from lossfns.testing.forms import Adapted
@@ -51,7 +54,7 @@ from lossfns.testing.laws import (
     preference,
     sums,
 )
-from lossfns.testing.laws.base import LossFn, describe_error
+from lossfns.testing.laws.base import ALL_FIELDS, LossFn, RecordingDatum, describe_error, measure
 from lossfns.testing.laws.state import global_state_kept
 from lossfns.testing.report import Report, Verdict
 from lossfns.testing.subject import adapt, adapt_advantages
@@ -160,7 +163,8 @@ def prepare(
     if kind is None and takes_rewards(subject):
         kind = "advantages"
     if kind == "advantages":
-        subject = adapt_advantages(subject)
+        with without_expected_warnings():
+            subject = adapt_advantages(subject)
         trials = [Trial(law.__name__, statement(law), partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
         return Trials(kind, False, couples, "", "", without_skipped(trials, skip))
     try:
@@ -212,7 +216,7 @@ def prepare_loss(
         targets = detect_targets(loss_fn, kind)
         claim_laws = [] if claim is None else [vectors_law(subject, claim, matching_vectors(subject, claim))]
         if claim is not None and claim is not loss_fn:
-            claim_laws.append(agreement(claim))
+            claim_laws += [agreement(claim), small_weights(claim)]
         laws = (*LAWS_BY_KIND[kind], *claim_laws)
         complete = completed(loss_fn, READS[kind])
         if compares_datums(complete, kind):
@@ -224,7 +228,7 @@ def prepare_loss(
         if isinstance(loss_fn, Loss) and loss_fn.parts:
             skip = {**skipped_in_sums(loss_fn, laws), **skip}
         loss_fn = complete
-        made = law_trials(loss_fn, kind, targets, examples, laws, guessed)
+        made = law_trials(loss_fn, kind, targets, examples, laws, guessed, claim)
         claimed = "" if claim is None or claim is loss_fn else repr(claim)
         form = loss_fn.description if isinstance(loss_fn, Adapted) else ""
         return Trials(kind, guessed, couples, claimed, form, without_skipped(made, {**coupled, **skip}))
@@ -263,11 +267,9 @@ def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial
 
 @contextmanager
 def without_expected_warnings() -> Iterator[None]:
-    """Ignore the warnings that deliberately extreme batches cause. Put back global state that a loss changes."""
+    """Ignore all warnings of a loss, which extreme batches cause. Put back global state that the loss changes."""
     with warnings.catch_warnings(), global_state_kept():
-        warnings.simplefilter("ignore", LossWarning)
-        warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
-        warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -317,7 +319,7 @@ def check(
 
 
 def law_trials(
-    loss_fn: LossFn, kind: str, targets: int, examples: int, laws: Sequence[Law], guessed: bool
+    loss_fn: LossFn, kind: str, targets: int, examples: int, laws: Sequence[Law], guessed: bool, claim: Loss | None
 ) -> list[Trial]:
     """Return trials of the laws of a kind and of the claim, on small batches and on random ones."""
     from lossfns.testing.strategies import batches
@@ -340,15 +342,33 @@ def law_trials(
     def apply(law: Law, batch: Batch) -> None:
         law(loss_fn, batch.data(), batch.tensors(dtype))
 
+    def show(batch: Batch) -> str:
+        return str(with_columns_read(batch, dtype, loss_fn, *([claim] if claim else [])))
+
     def trial(law: Law) -> Trial:
         first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
         # A kind is a guess mostly because the datums of a batch affect one another, which may be meant.
         unsure = guessed and (law not in ANY_KIND or law in COUPLED)
         if_broken = "unsure" if unsure else severity(law)
-        run = partial(run_law, law, if_broken, partial(apply, law), first, drawn, count)
+        run = partial(run_law, law, if_broken, partial(apply, law), first, drawn, count, show)
         return Trial(law.__name__, statement(law), run)
 
     return [trial(law) for law in laws]
+
+
+def with_columns_read(batch: Batch, dtype: torch.dtype, *losses: LossFn) -> Batch:
+    """Return the batch without the columns that none of these losses reads; all columns where that is not known."""
+    read: set[str] = set()
+    try:
+        for loss_fn in losses:
+            measure(loss_fn, [RecordingDatum(datum, read) for datum in batch.data()], batch.tensors(dtype))
+        columns = {name: rows for name, rows in batch.columns.items() if {name, ALIASES.get(name)} & read}
+        fewer = replace(batch, columns=columns)
+        # A loss that copies all fields of a datum shows no read.
+        full, cut = ([measure(f, b.data(), b.tensors(dtype)) for f in losses] for b in (batch, fewer))
+    except (LawBroken, NotApplicable):
+        return batch
+    return fewer if ALL_FIELDS not in read and repr(cut) == repr(full) else batch
 
 
 def severity(law: Callable[..., None]) -> str:
@@ -362,12 +382,18 @@ def why(law: Callable[..., None]) -> str:
 
 
 def makes_own_batches(law: Law) -> bool:
-    """Return whether a law makes its own batches. The law ``vectors``, which is made for each claim, does so too."""
-    return law in SELF_CONTAINED or law.__name__ == "vectors"
+    """Return whether a law makes its own batches. Two of the laws that are made for each claim do so, too."""
+    return law in SELF_CONTAINED or law.__name__ in ("vectors", "small_weights")
 
 
 def run_law(
-    law: Law, if_broken: str, apply: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int
+    law: Law,
+    if_broken: str,
+    apply: Callable[[Batch], None],
+    small: Sequence[Batch],
+    drawn: Any,
+    examples: int,
+    show: Callable[[Batch], str] = str,
 ) -> Verdict:
     """Run a law on the small batches in order, then on random ones, and report the smallest batch that breaks it."""
     start = time.monotonic()
@@ -399,7 +425,7 @@ def run_law(
         batch, error = failure
         # A law that makes its own batches and gives none describes them in ``error.seen``.
         shown = error.batch or (None if makes_own_batches(law) else batch)
-        example = "" if shown is None else str(shown)
+        example = "" if shown is None else show(shown)
         return Verdict(law.__name__, statement(law), if_broken, seconds, error.bug, error.seen, example, why(law))
     if passed:
         return Verdict(law.__name__, statement(law), "pass", seconds)

@@ -49,7 +49,7 @@ def listed(kind: str | None) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
         own = [law for law in laws if law not in ANY_KIND]
         if own:
             yield f"laws of the kind {name}", [row(law) for law in own]
-    yield "laws of a claim (--like)", [(name, "wrong", says) for name, says in CLAIMS.items()]
+    yield "laws of a claim (--like)", [(name, claim.severity, claim.says) for name, claim in CLAIMS.items()]
     yield "bugs that the laws name", [(name, bug.description + ".") for name, bug in BUGS.items()]
 
 
@@ -78,9 +78,10 @@ def explain(name: str) -> list[str]:
 def explain_law(name: str) -> list[str]:
     """Return the statement of a law, its severity and why, and the text of the guide."""
     if name in CLAIMS:
+        claim = CLAIMS[name]
         head = [
-            f"{name}, a law of a claim: {CLAIMS[name]}",
-            "A loss that breaks it is not the loss that it claims to be.",
+            f"{name}, a law of a claim: {claim.says}",
+            f"A loss that breaks it is {claim.severity}: {claim.why}.",
         ]
     else:
         law = LAWS[name]

@@ -102,6 +102,7 @@ def test_the_page_loads_nothing_and_shows_no_markup_of_the_server() -> None:
     assert not any({"src", "href", "onclick"} & set(attrs) for _, attrs in tags)
     assert "<b>½</b>" not in text and "&lt;b&gt;½&lt;/b&gt; &amp; more" in text
     assert all(f"<code>{r.check}</code>" in text for r in report().results)
+    assert "<th>deviation</th>" in text  # "error" is a verdict
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium or google-chrome")

@@ -252,4 +252,4 @@ def test_the_command_writes_its_reports(tmp_path: Path) -> None:
     assert names == ["forward-backward", "save-state", "create-from-state", "gradient-descent", "weights-cancel"]
     assert found["sdk"] == tinker.__version__ and found["ok"] and "5 of 5 checks hold" in out
     assert ElementTree.parse(files["junit"]).getroot().get("tests") == "5"
-    assert "The chosen checks hold" in files["html"].read_text()
+    assert "The chosen checks hold" in files["html"].read_text() and f"page {files['html']}" in out

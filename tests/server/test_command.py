@@ -13,6 +13,8 @@ import pytest
 from serving import httpx, tinker
 
 from lossfns.cli import main
+from lossfns.errors import LossWarning
+from lossfns.server.command import log_warning
 
 
 def serve(*options: str) -> subprocess.Popen[str]:
@@ -48,6 +50,12 @@ def test_a_server_starts_logs_and_ends_by_a_signal(tmp_path: Path) -> None:
     assert (tmp_path / "stopped.json").exists()
     assert "GET /api/v1/get_server_capabilities 200" in log
     assert "POST /api/v1/optim_step 404" in log and "'x' is unknown" in log and "Traceback" not in log
+
+
+def test_a_warning_is_one_line_of_the_log_without_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    """A thread that runs a request is no place where anyone could change a call."""
+    log_warning(LossWarning("the old_logprobs\n  are 0"), LossWarning, "/usr/lib/thread.py", 58)
+    assert caplog.messages == ["LossWarning: the old_logprobs are 0"]
 
 
 def test_what_cannot_be_served_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from lossfns.cli import main
 from lossfns.testing import mutants, padded
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import check, kind_named, prepare, without_expected_warnings
+from lossfns.testing.check import check, kind_named, prepare, with_columns_read, without_expected_warnings
+from lossfns.testing.claims import CLAIMS
 from lossfns.testing.explain import LAWS
-from lossfns.testing.kinds import KINDS
+from lossfns.testing.kinds import KINDS, SMALL, columns_for_kind
 from lossfns.testing.laws import (
     ADVANTAGES,
     COUPLED,
@@ -175,7 +177,7 @@ def test_the_kind_is_found_out(subject: Any, kind: str) -> None:
     assert prepared.kind == kind
     laws = ADVANTAGES if kind == "advantages" else LAWS_BY_KIND[kind]
     assert [t.law for t in ready][: len(laws)] == [law.__name__ for law in laws]
-    assert {t.law for t in ready[len(laws) :]} <= {"vectors", "agreement"}
+    assert {t.law for t in ready[len(laws) :]} <= {*CLAIMS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -462,11 +464,97 @@ def test_a_subject_that_raises_what_is_no_exception_is_wrong_in_python_too() -> 
 def test_a_claim_adds_the_golden_vectors_and_the_agreement() -> None:
     subject = padded(ppo_of_tensors, eps=0.2)
     report = check(subject, like=lossfns.ppo(), examples=0)
-    assert report.ok and [v.law for v in report.verdicts][-2:] == ["vectors", "agreement"], report.table()
+    assert report.ok and [v.law for v in report.verdicts][-3:] == [*CLAIMS], report.table()
     wrong = check(subject, like=lossfns.ppo(clip=(0.9, 1.1)), examples=0)
     assert [v.law for v in wrong.failures] == ["agreement"] and wrong.bug == "another-loss"
     last = check(subject, like=lossfns.dapo(), examples=0).failures
     assert {v.law for v in last} == {"vectors", "agreement"}
+    assert all(v.why == CLAIMS[v.law].why and v.why for v in (*wrong.failures, *last))
+
+
+def ppo_over_at_least_one(logprobs: Tensor, old_log_probs: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """PPO whose denominator is kept at 1 or above."""
+    mean = ppo_of_tensors(logprobs, old_log_probs, advantages, response_mask)
+    return mean * response_mask.sum() / response_mask.sum().clamp(min=1.0)
+
+
+def test_a_denominator_that_is_kept_at_one_is_fragile_and_no_other_loss() -> None:
+    """A weight of 0.5 alone: −0.5·A / 0.5 for PPO, −0.5·A / 1 here. Masks of 0 and 1 have no such sum."""
+    report = check(padded(ppo_over_at_least_one), like=lossfns.ppo(), kind="policy")
+    broken = {v.law: v.bug for v in report.broken}
+    assert report.ok and broken == {"small_weights": "epsilon-in-denominator"}, report.table()
+    assert "add up to 0.59375, " in report.broken[0].seen  # 9.5 / 16
+    other = check(padded(ppo_over_at_least_one), like=lossfns.ppo(clip=(0.9, 1.1)), examples=0)
+    assert [(v.verdict, v.seen) for v in other.verdicts if v.law == "small_weights"] == [
+        ("n/a", "it is another loss, whatever the weights")
+    ]
+
+
+def uncapped_grpo(
+    logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, mask: Tensor, beta: float = 0.04
+) -> Tensor:
+    """GRPO as TRL writes it: no cap on a log-ratio."""
+    lp, old, ref, a = (torch.where(mask != 0, x, 0) for x in (logps, old_logps, ref_logps, advantages))
+    ratio, x = (lp - old).exp(), ref - lp
+    terms = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a) + beta * (x.exp() - x - 1)
+    return (mask * terms).sum() / mask.sum()
+
+
+def test_a_loss_that_differs_by_our_caps_alone_is_told_the_loss_without_them() -> None:
+    """At log-ratios of ±25 the ratio is e²⁵, not e²⁰."""
+    subject = padded(uncapped_grpo)
+    report = check(subject, like=lossfns.grpo(kl_beta=0.04), kind="policy", examples=0)
+    hint = "It agrees with grpo(clip=(0.8, 1.2), kl_beta=0.04, kl=k3_uncapped, weigh=token_mean, log_ratio_cap=None,"
+    assert hint in report.broken[0].seen and report.broken[0].law == "agreement", report.table()
+    without = lossfns.grpo(kl_beta=0.04, kl=lossfns.kl.k3_uncapped, log_ratio_cap=None)
+    assert check(subject, like=without, kind="policy", examples=0).ok
+    other = check(subject, like=lossfns.grpo(kl_beta=0.4), kind="policy", examples=0)
+    assert not any("It agrees with" in v.seen for v in other.broken)
+
+
+def test_a_batch_is_shown_with_the_columns_that_are_read() -> None:
+    """REINFORCE reads advantages. A claim shows what the other loss reads. Of a copy of all fields nothing is known."""
+
+    def of_copies(data: Sequence[Any], logprobs: Sequence[Tensor]) -> Any:
+        return reinforce([lossfns.Datum(datum.model_input, {**datum.loss_fn_inputs}) for datum in data], logprobs)
+
+    def shown(like: lossfns.Loss) -> list[str]:
+        triple = padded(lambda logprobs, advantages, mask: -3 * (logprobs * advantages * mask).sum())
+        broken = check(triple, kind="policy", examples=0, like=like).failures[-1]
+        return [*eval(broken.example, {"Batch": Batch}).columns]
+
+    assert shown(lossfns.reinforce(weigh=lossfns.token_sum)) == ["advantages"]
+    assert shown(lossfns.ppo(weigh=lossfns.token_sum)) == ["advantages", "old_logprobs"]
+    batch = columns_for_kind(SMALL[1], "policy", 0)
+    assert [*with_columns_read(batch, torch.float64, reinforce).columns] == ["advantages"]
+    assert with_columns_read(batch, torch.float64, of_copies) is batch
+
+
+def test_a_mean_over_padded_slots_has_one_name_in_every_law() -> None:
+    """Σ w·A·lp / (B·T): neither the order of the datums nor a constant is to blame."""
+
+    def over_slots(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return -(logprobs * advantages * mask).mean()
+
+    broken = {v.law: v.bug for v in check(padded(over_slots), kind="policy").failures}
+    assert broken == dict.fromkeys(("padding", "split", "on_policy"), "padding-in-denominator")
+
+
+def test_the_warnings_of_a_subject_on_our_batches_are_not_shown() -> None:
+    """torch warns of the deviation of a group of one. Warnings are errors in these tests."""
+
+    def standardised(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
+        warnings.warn("a word of the user's", stacklevel=1)
+        return centred(rewards, groups)
+
+    def warning(*args: Any) -> Any:
+        warnings.warn("a word of the user's", stacklevel=1)
+        return nll(*args)
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert check(standardised).ok and check(warning, examples=0).kind == "likelihood"
+    assert shown == []
 
 
 # A law by itself

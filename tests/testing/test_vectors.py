@@ -1,6 +1,7 @@
 """Golden vectors: the committed files are those that the tool writes; the library passes; flags, ids and the runner."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from lossfns.testing.public import presets
 from lossfns.testing.vectors import METHODS, Vector, load, mistake, run, subject_for
 from lossfns.testing.vectors.flags import explains, wrong_answer
 from lossfns.testing.vectors.library import reply_to
-from lossfns.testing.vectors.runner import VectorReport
+from lossfns.testing.vectors.runner import VectorReport, evaluate
 from lossfns.testing.vectors.vector import ESTIMATORS, FOLDER, LEDGER, decode, encode, flatten
 from lossfns.tokens import PAIRS, SEQUENCES
 from tools.vectors.__main__ import main as tool
@@ -473,6 +474,8 @@ def test_the_example_passes(tmp_path: Path) -> None:
     known = [v for v in VECTORS if v.loss in CLOSED_FORMS]
     assert (report.count("pass"), report.count("skip")) == (len(known), len(VECTORS) - len(known))
     assert report.complaint == ""
+    for page in (ROOT / "README.md", DOCS):
+        assert f"ts {len(known)} vectors pass, and the rest are skipped" in page.read_text(encoding="utf-8")
 
 
 def test_the_example_is_short() -> None:
@@ -499,6 +502,22 @@ def test_a_changed_constant_fails_and_names_its_bug(
     assert not report.ok
     assert (first.flag, first.failed, first.explained) == (flag, first.vectors, first.vectors)
     assert f"  {flag}: {BUGS[flag].description}" in report.table()
+
+
+def test_bounds_that_are_not_checked_are_no_sign_of_epsilons() -> None:
+    """Bounds (0.2, 0.28) must be refused. Read as epsilons they are (0.8, 1.28), and no ratio e^−¹⁄₁₆ or e^⅛ is cut.
+
+    The gradients are then ∓r / 4, and the values cancel. With the bounds as they are, good tokens have the value 0.28.
+    """
+    refused = next(v for v in load("ppo") if [*v.flags] == ["clip-as-epsilon"] and v.error)
+    assert refused.config["clip"] == [0.2, 0.28]
+    low, high = math.exp(-1 / 16) / 4, math.exp(1 / 8) / 4
+    as_epsilons = {"loss": 0.0, "grad": [[0.0, -low, -high], [high, low]]}
+    as_bounds = {"loss": (2 * high + 2 * low - 0.28) / 2, "grad": [[0.0, 0.0, 0.0], [high, low]]}
+    results = [evaluate(refused, reply, "float64", ()) for reply in (as_epsilons, as_bounds)]
+    assert [(r.verdict, r.explained) for r in results] == [("fail", ("clip-as-epsilon",)), ("fail", ())]
+    odd = next(v for v in load("dpo") if "odd-datum-dropped" in v.flags)
+    assert evaluate(odd, as_bounds, "float64", ()).explained == ("odd-datum-dropped",)
 
 
 # The runner, on programs that do not play along

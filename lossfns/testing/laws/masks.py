@@ -63,6 +63,13 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
                 require(False, diagnose_leak(name, clean, result), seen, result.batch)
 
 
+def changed_by_padding(probe: Probe, batch: Batch) -> bool:
+    """Return whether masked tokens around a sequence and inside it change the value or a gradient."""
+    before, after = probe(batch), probe(with_padding(batch))
+    expected = pad_rows(before.gradients, 0.0, batch.targets or 1)
+    return not probe.close([after.value, after.gradients], [before.value, expected])
+
+
 def with_masked_slots(batch: Batch, name: str, value: float) -> Batch:
     """Return the batch with this value in every masked slot of a column."""
     rows = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(column_rows(batch, name), batch.weights)]

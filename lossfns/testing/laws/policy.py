@@ -31,8 +31,9 @@ from lossfns.testing.laws.base import (
     without_empty_units,
     wrong,
 )
+from lossfns.testing.laws.masks import changed_by_padding
 from lossfns.testing.laws.settings import asks_for_k1, claims_to_be, named_numbers, words
-from lossfns.testing.laws.sums import COUNTS
+from lossfns.testing.laws.sums import COUNTS, additive_counts
 from lossfns.testing.settings import knobs
 
 LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
@@ -488,7 +489,9 @@ def check_scale(probe: Probe, batch: Batch) -> None:
         if added and abs(extra[0]) < 1e-4:
             return  # a constant that guards against division by 0
         require(not added, "epsilon-in-denominator", f"{seen}: 1 / ({name} + {extra[0]:g}).")
-    require(False, "constant-factor", f"{seen}, which is not 1 / D for any D of {', '.join(counts)}.")
+    padded, adds_up = changed_by_padding(probe, ones), additive_counts(probe, ones)
+    bug = "padding-in-denominator" if padded else "constant-factor" if adds_up else "mean-of-means"
+    require(False, bug, f"{seen}, which is not 1 / D for any D of {', '.join(counts)}.")
 
 
 @wrong("clipping must remove the incentive to leave the trust region, and no other gradient")

@@ -36,6 +36,7 @@ from lossfns.testing.laws.base import (
     wrong,
 )
 from lossfns.testing.laws.frames import STATISTIC, WHITENS, acts_by_statistic, whitens_advantages
+from lossfns.testing.laws.masks import changed_by_padding
 
 
 @wrong("a mean does not change, and a sum doubles, if the data come twice")
@@ -57,9 +58,7 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         equal = len(set(active_counts(batch))) == 1
         bug, seen = "order-dependent" if equal else "mean-of-means", f"{seen}, and differs between the two copies."
         require(False, bug, seen, twice.batch)
-    reverse = [i for part in reversed(unit_indices(batch)) for i in part]
-    back = probe(batch.take(reverse))
-    same_order = probe.close([back.value, back.gradients], [once.value, [once.gradients[i] for i in reverse]])
+    same_order = not order_difference(probe, batch)
     require(same_order or unit_size(batch) == 1, "pair-layout", f"{seen}; the order of the pairs matters.", twice.batch)
     # A constant in the denominator matters less with large weights.
     heavy = batch.having(weights=[[64 * w for w in row] for row in batch.weights])
@@ -142,7 +141,7 @@ COUNTS: dict[str, Count] = {
 
 @wrong("micro-batches and ranks must add up to the batch")
 def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """For some additive count D, Σ L(part) · D(part) over the parts is L(batch) · D(batch)."""
+    """For one count D, such as tokens or sequences, L(batch) · D(batch) is Σ L(part) · D(part) over the parts."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     batch = without_empty_units(batch)
@@ -169,8 +168,11 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     epsilon = bool(additive_counts(probe, heavy))
     require(not epsilon, "epsilon-in-denominator", f"{seen} With 8 times the weights they do.", batch)
     one_token = batch.having(weights=[[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights])
-    additive = bool(additive_counts(probe, one_token))
-    require(additive, "order-dependent", f"{seen} With one token of each datum they do not either.", batch)
+    if not additive_counts(probe, one_token):
+        padded = changed_by_padding(probe, plain)
+        require(not padded, "padding-in-denominator", f"{seen} They change with the number of masked tokens.", batch)
+        reordered = order_difference(probe, batch)
+        require(not reordered, "order-dependent", f"{seen} With the batch in reverse order, {reordered}.", batch)
     require(False, "mean-of-means", seen, batch)
 
 
@@ -224,14 +226,25 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     assume(len(unit_indices(batch)) > 1, "one datum has one order")
-    order = [i for part in reversed(unit_indices(batch)) for i in part]
-    plain, back = probe(batch), probe(batch.take(order))
-    seen = probe.difference(back, replace(plain, gradients=[plain.gradients[i] for i in order]))
+    plain, back = probe(batch), probe(in_reverse(batch))
+    seen = order_difference(probe, batch)
     require(not seen, "order-dependent", f"With this batch in reverse order, {seen}.", back.batch)
     for name, value in numbers(plain.metrics).items():
         reverse = numbers(back.metrics).get(name, math.nan)
         words = f"With this batch in reverse order the metric {name!r} is {reverse}, not {value}."
         require(probe.close(reverse, value), "metric-not-mergeable", words, back.batch)
+
+
+def in_reverse(batch: Batch) -> Batch:
+    """Return the batch with its datums, or its pairs, in reverse order."""
+    return batch.take([i for part in reversed(unit_indices(batch)) for i in part])
+
+
+def order_difference(probe: Probe, batch: Batch) -> str:
+    """Return in words what differs with the batch in reverse order, or "" if nothing does."""
+    plain, back = probe(batch), probe(in_reverse(batch))
+    expected = in_reverse(batch.having(logprobs=plain.gradients)).logprobs
+    return probe.difference(back, replace(plain, gradients=expected))
 
 
 @wrong("the gradient is not that of the value")

@@ -101,19 +101,12 @@ def evaluate(vector: Vector, reply: Mapping[str, Any] | None, dtype: str, xfail:
         try:
             wrong, answered = one_line(mistake(vector, reply, dtype)), has_answer(reply)
             if wrong and answered:
-                explained = explanations(vector, reply, dtype)
+                explained = tuple(bug for bug in vector.flags if explains(bug, vector, reply, dtype))
         except RecursionError:
             wrong = "a reply that is nested too deeply"
     expected = any(fnmatch(vector.id, pattern) for pattern in xfail)
     verdict = ("xfail" if wrong else "xpass") if expected else ("fail" if wrong else "pass")
     return Result(vector, verdict, wrong, explained, answered)
-
-
-def explanations(vector: Vector, reply: Mapping[str, Any], dtype: str) -> tuple[str, ...]:
-    """Return the bugs that give exactly this wrong answer."""
-    # A wrong reply to a must-reject vector accepts the input, as every bug among its flags does.
-    accepted = vector.error is not None
-    return tuple(bug for bug in vector.flags if accepted or explains(bug, vector, reply, dtype))
 
 
 def is_skip(reply: Mapping[str, Any]) -> bool:
