@@ -65,7 +65,8 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     model = p.add_argument_group("model").add_argument
     model("--model", metavar="MODEL", help="train this model instead of the embedded one: a folder or the name of a "
         "repository of Hugging Face, a GGUF file, or smollm2, the model of that extra")  # fmt: skip
-    model("--lora", type=int, metavar="RANK", help="train low-rank adapters of this rank instead of all weights")
+    model("--lora", type=int, metavar="RANK", help="train low-rank adapters of this rank instead of all weights "
+        "(default: 0, none)")  # fmt: skip
     model("--lora-parts", metavar="PARTS", help="which layers get adapters: some of attn, mlp and unembed, with commas "
         "between them (default: attn,mlp)")  # fmt: skip
     model("--dtype", choices=models.DTYPES, help="dtype of the weights (default: that of the model's file)")
@@ -96,7 +97,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     run("--config", metavar="FILE", help="take options from a TOML file, such as the config.toml of a run; options of "
         "the command line come first")  # fmt: skip
     run("--out", metavar="DIR", help="the run folder (default: runs/LOSS-TIME)")
-    run("--eval-every", type=int, metavar="N", help="steps from one held-out evaluation to the next (default: only "
+    run("--eval-every", type=int, metavar="N", help="steps from one held-out evaluation to the next (default: 0, only "
         "before and after)")  # fmt: skip
     run("--eval-examples", type=int, metavar="N", help="most held-out examples to measure on (default: 50 with "
         "--model, else all)")  # fmt: skip

@@ -9,7 +9,7 @@ from lossfns.terminal import console_on, one_line, say, while_read, width_of
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.measures import TEMPERATURE, TITLES
 from lossfns.train.recipes import Outcome
-from lossfns.train.record import read_record
+from lossfns.train.record import EMPTY, read_record
 from lossfns.train.report import write_report
 from lossfns.train.run import METRICS, RESULT, Run, write_json
 
@@ -65,5 +65,6 @@ def print_samples(samples: Sequence[Mapping[str, str]]) -> None:
     say(f"samples at temperature {TEMPERATURE}, before and after training (whole in {RESULT})")
     for sample in samples:
         for name, text in sample.items():
-            say(f"  {name:<8}{one_line(text, width, end=name == 'prompt')}")
+            shown = text if text or name == "prompt" else EMPTY
+            say(f"  {name:<8}{one_line(shown, width, end=name == 'prompt')}")
         say("")

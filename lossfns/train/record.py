@@ -66,6 +66,9 @@ class Record(NamedTuple):
         return [(0, float(measured["before"])), (self.history[-1]["step"], float(measured["after"]))]
 
 
+EMPTY = "(empty: the model ended at once)"
+"""The text that is shown for a sample without text."""
+
 PLACE = ("phase", "step", "seconds", "stopped_early", "samples")
 """The fields of a row, or of a result, that are no measurements."""
 

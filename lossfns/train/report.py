@@ -12,7 +12,7 @@ from lossfns.train.charts import Line, smooth
 from lossfns.train.config import CONFIG_TOML
 from lossfns.train.options import to_toml, with_effect
 from lossfns.train.page import facts, figure, key, page, table, text
-from lossfns.train.record import Record, best, changing, rises, values_of
+from lossfns.train.record import EMPTY, Record, best, changing, rises, values_of
 from lossfns.train.run import REPORT, replaced
 
 
@@ -122,7 +122,8 @@ def samples(rows: Sequence[Mapping[str, str]]) -> str:
     """Return the samples before and after training."""
 
     def part(name: str, content: str) -> str:
-        return f"<div><p>{text(name)}</p><pre>{text(content) or ' '}</pre></div>"
+        shown = content or (" " if name == "prompt" else EMPTY)
+        return f"<div><p>{text(name)}</p><pre>{text(shown)}</pre></div>"
 
     return "".join(f'<div class="sample">{"".join(part(*pair) for pair in row.items())}</div>' for row in rows)
 
