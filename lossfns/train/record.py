@@ -40,6 +40,13 @@ class Record(NamedTuple):
         return "stopped early" if self.result.get("stopped_early") else "finished"
 
     @property
+    def seconds(self) -> float:
+        """The time spent on the run, measurements included; of a run that has not ended, until the last row."""
+        if self.state != "not ended" and "seconds" in self.result:
+            return float(self.result["seconds"])
+        return max(float(rows[-1]["seconds"]) for rows in (self.history, self.evaluations) if rows)
+
+    @property
     def phases(self) -> list[str]:
         """The phases that have begun, in their order."""
         return list(dict.fromkeys(row["phase"] for row in [*self.history, *self.evaluations]))

@@ -54,7 +54,7 @@ def title_of(record: Record) -> str:
 
 def headline(record: Record) -> str:
     """Return the main numbers: the held-out measure before and after, steps and time."""
-    name, points, last = record.measure, record.held_out(), record.history[-1]
+    name, points = record.measure, record.held_out()
     pairs: list[tuple[str, object]] = []
     if name and len(points) > 1:
         before, after = points[0][1], points[-1][1]
@@ -65,7 +65,7 @@ def headline(record: Record) -> str:
         step, value = best(record)
         pairs.append((f"best ({'highest' if rises(name or '') else 'lowest'})", f"{value:.3f} after {step} steps"))
     tokens = sum(row.get("tokens", 0) for row in record.history)
-    pairs += [("state", record.state), ("steps", f"{len(record.history):,}"), ("time", duration(last["seconds"]))]
+    pairs += [("state", record.state), ("steps", f"{len(record.history):,}"), ("time", duration(record.seconds))]
     pairs += [("tokens trained", f"{tokens:,.0f}")] if tokens else []
     return facts(pairs, large)
 

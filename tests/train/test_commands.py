@@ -110,6 +110,16 @@ def later(data, logprobs_list):
         raise RuntimeError("two\\nlines")
     weights = [datum.loss_fn_inputs["weights"].to_torch() for datum in data]
     return -sum((w * lp).sum() for w, lp in zip(weights, logprobs_list)) / sum(w.sum() for w in weights), {}
+
+CALLS = []
+def in_the_trial(logprobs, mask):
+    CALLS.append(1)
+    if len(CALLS) >= 7:
+        raise RuntimeError("oops")
+    return -(logprobs * mask).sum() / mask.sum()
+
+def nan_later(data, logprobs_list):
+    return sum(map(sum, logprobs_list)) * (float("nan") if len(data) == 3 else 1.0), {}
 """
 
 
@@ -123,10 +133,38 @@ def test_what_ones_own_loss_raises_is_one_line_with_its_place(
         ("raises", f"--loss raises: expected a loss for each batch, got KeyError: 'x' ({mine}:3)", False),
         ("constant", "loss: expected a 0-d tensor, got a float", False),
         ("later", f"got RuntimeError: two lines ({mine}:10). Correct it there.", True),
+        ("in_the_trial", f"got RuntimeError: oops ({mine}:18). Correct it there, or give its settings values", False),
+        ("nan_later", f"--loss nan_later ({mine}:21): loss: expected a finite value, got nan", True),
     ]:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert main(small(tmp_path, f"{mine}:{name}", "--steps", "1")) == 2, name
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("lossfns: ") and says in last and (tmp_path / "run").exists() == folder, (name, last)
+
+
+def test_a_run_with_code_of_ones_own_names_its_folder_as_given_and_says_that_the_code_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+    code = "import os\nos.chdir('elsewhere')\ndef mine(data, logprobs_list):\n    return -sum(map(sum, logprobs_list)), {}\n"
+    Path("mine.py").write_text(code)
+    assert main(small(Path(), "mine.py:mine", "--steps", "1")) == 0
+    shown = capsys.readouterr().out
+    assert "\ncheckpoint  run/checkpoint.safetensors\n" in shown and "\nreport      run/report.html\n" in shown
+    seconds = json.loads((tmp_path / "run" / RESULT).read_text())["seconds"]
+    assert f"\n1 step; {seconds:.1f} s in all, with the measurements\n" in shown
+    assert f"<dt>time</dt><dd>{seconds:.1f} s</dd>" in (tmp_path / "run" / "report.html").read_text()
+    for changed in (False, True):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "run" / RESULT).unlink()
+        if changed:
+            Path("mine.py").write_text(code + "\n")
+        assert main(["train", "--resume", "run"]) == 0
+        output = capsys.readouterr()
+        assert "\ntry it      lossfns sample run PROMPT\n" in output.out
+        said = f"lossfns: {tmp_path}/mine.py has changed since: the run may not continue bit for bit\n"
+        assert (said in output.err) == changed
 
 
 IN_THE_WAY = """

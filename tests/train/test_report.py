@@ -113,6 +113,7 @@ def test_a_run_that_goes_on_has_a_report_as_far_as_it_goes(tmp_path: Path, capsy
     stopped = {"stopped_early": True, "seconds": 38.0}  # the last step ends after 38 seconds
     for seconds, state in ((38.0, "stopped early"), (20.0, "not ended")):
         (folder / "result.json").write_text(json.dumps(stopped | {"seconds": seconds}))
+        assert read_record(folder).seconds == (38.0 if state == "not ended" else seconds)
         assert read_record(folder).state == state
     (folder / "evaluations.jsonl").write_text('{"phase": "grpo", "step": "x"}\n')
     assert main(["plot", str(folder)]) == 2 and "evaluations.jsonl:1: expected a row" in capsys.readouterr().err
