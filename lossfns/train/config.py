@@ -74,13 +74,9 @@ def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     old, new = ({"loss": c.get("loss"), "device": c["model"].get("device"), **c["versions"]} for c in (then, now))
     changed = [f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
     told = [f"{folder} began with {'; '.join(changed)}"] if changed else []
-    hashes = now["sha256"]
-    files_of_user = code_files(now["options"]).items()
-    told += [
-        f"{file} has changed since"
-        for name, file in files_of_user
-        if then["sha256"].get(name, hashes[name]) != hashes[name]
-    ]
+    for name, file in code_files(now["options"]).items():
+        if then["sha256"].get(name, now["sha256"][name]) != now["sha256"][name]:
+            told.append(f"{file} has changed since")
     for text in told:
         with while_read(sys.stderr):
             print(f"lossfns: {text}: the run may not continue bit for bit", file=sys.stderr)

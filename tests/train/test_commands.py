@@ -147,7 +147,7 @@ def test_a_run_with_code_of_ones_own_names_its_folder_as_given_and_says_that_the
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("elsewhere").mkdir()
-    code = "import os\nos.chdir('elsewhere')\ndef mine(data, logprobs_list):\n    return -sum(map(sum, logprobs_list)), {}\n"
+    code = "import os\nos.chdir('elsewhere')\ndef mine(data, rows):\n    return -sum(map(sum, rows)), {}\n"
     Path("mine.py").write_text(code)
     assert main(small(Path(), "mine.py:mine", "--steps", "1")) == 0
     shown = capsys.readouterr().out

@@ -104,6 +104,16 @@ def test_a_report_has_the_held_out_measure_first_and_the_command_that_repeats_th
     assert reader.tags.count("circle") == 4 and "finished" in reader.said and "120" in reader.said  # tokens: 30 · 4
 
 
+def test_a_comparison_says_in_words_how_models_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [folder_of(tmp_path / name) for name in ("a", "b")]
+    config = json.loads((folders[0] / "config.json").read_text())
+    config["model"] |= {"model_name": "other", "parameters": 7}
+    (folders[0] / "config.json").write_text(json.dumps(config))
+    assert main(["compare", *map(str, folders)]) == 0
+    shown = capsys.readouterr().out
+    assert "  name of the model\n    1  other\n" in shown and "  number of parameters\n    1  7\n" in shown
+
+
 def test_a_run_that_goes_on_has_a_report_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(tmp_path / "run")
     for name in ("result.json", "batch.json", "evaluations.jsonl"):
