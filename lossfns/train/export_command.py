@@ -52,6 +52,7 @@ def export_command(args: argparse.Namespace) -> int:
         check_option("RUN", args.source)
         check_option("DIR", args.folder)
         path, model = newest(Path(args.source))
+        torch.set_num_threads(1)  # others would mostly wait, at full load
         with naming(dict.fromkeys(("source", "model"), "--model" if args.model else "RUN")):
             export(path, args.folder, merge=args.merge, model=args.model or model)
     except (LossInputError, ImportError, OSError) as error:

@@ -43,6 +43,7 @@ def test_an_exported_model_starts_where_its_run_ended(
     told: list[str] = []
     monkeypatch.setattr("lossfns.train.export_command.status", lambda: contextlib.nullcontext(told.append))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    assert torch.get_num_threads() == 1  # two threads took four times the CPU time on a busy machine
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     assert told == ["loading the model", f"reading {checkpoint}", f"writing {tmp_path}/model"]
     assert main(["train", "sft", "--model", str(tmp_path / "model"), *given, str(tmp_path / "next")]) == 0
