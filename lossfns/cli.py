@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from lossfns.catalogue import add_describe, add_list
 from lossfns.conformance.command import add_conformance
+from lossfns.errors import LossWarning
 from lossfns.server.command import add_serve
-from lossfns.terminal import OutputError, print_refusal, printable, while_read
+from lossfns.terminal import OutputError, print_refusal, printable, say, while_read
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_train
@@ -117,13 +119,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = parser().parse_args(argv)
-        status: int = show_overview() if args.command is None else args.run(args)
+        with plain_warnings():
+            status: int = show_overview() if args.command is None else args.run(args)
         with while_read(sys.stdout):
             return status  # after what a command has printed is written
     except OutputError as error:
         with suppress(OutputError):
             print_refusal(error)
         return 1
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print each different ``LossWarning`` once, as a line without the place in the code that Python adds."""
+    others, shown = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, LossWarning):
+            others(message, category, *place, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            with while_read(sys.stderr):
+                say(f"lossfns: warning: {printable(str(message))}", sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 def show_overview() -> int:

@@ -50,6 +50,13 @@ def load(path: str, where: str = "subject") -> Any:
     return result
 
 
+def file_of(path: str) -> str | None:
+    """Return the Python file of a module that ``load`` has imported, for the same path; None if it has none."""
+    module_name = path.rpartition(":")[0]
+    loaded = sys.modules.get(module_name)
+    return module_name if module_name.endswith(".py") else getattr(loaded, "__file__", None)
+
+
 PACKAGES = tuple({os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib")})
 LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 

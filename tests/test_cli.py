@@ -460,7 +460,7 @@ def test_a_run_of_another_version_goes_on_and_says_so(tmp_path: Path, capsys: py
     (folder / "config.json").write_text(json.dumps(config))
     assert main(["train", "--resume", str(folder)]) == 0
     said = capsys.readouterr().err
-    assert "began with torch 1.0, now 2" in said and "it may not continue bit for bit" in said
+    assert "began with torch 1.0, now 2" in said and "the run may not continue bit for bit" in said
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "of something else"])

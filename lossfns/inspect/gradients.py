@@ -285,7 +285,7 @@ def kind_rows(report: GradReport) -> list[list[str]]:
 def column_rows(report: GradReport) -> list[list[str]]:
     """Return a row for each column: how much the gradient changes if the column is made neutral."""
     shares = [[name, f"{x:.4g}", f"{x / (report.l1 or 1):.1%}"] for name, x in report.effects.items()]
-    return [["without", "Σ|g - g'|", "of Σ|g|"], *shares]
+    return [["without", "g changes by", "of Σ|g|"], *shares]
 
 
 def sequence_rows(report: GradReport, max_rows: int) -> list[list[str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
+from lossfns.loading import described
 from lossfns.testing.forms import (
     FORMS,
     PROBE,
@@ -105,7 +106,7 @@ class FactoryLoss(Adapted):
             except NotApplicable:
                 raise
             except Exception as error:
-                errors.append(f"{', '.join(forms)}: {type(error).__name__}: {error}")
+                errors.append(f"{', '.join(forms)}: {described(error)}")
                 continue
             refuse_foreign(loss)
             if loss.ndim:

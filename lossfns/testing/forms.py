@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
-from lossfns.loading import described
+from lossfns.loading import described, place_of
 from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws.base import NotApplicable
 from lossfns.testing.names import column_of, names_teacher
@@ -451,7 +451,8 @@ class PaddedLoss(Adapted):
             text, first = next(iter(errors.items()))
             if isinstance(first, LossInputError) and first.field == "subject":
                 raise first
-            fix = "Give its settings values that run: functools.partial(fn, name=value). " + FORMS
+            way = "give its settings values that run: functools.partial(fn, name=value)."
+            fix = f"Correct it there, or {way}" if place_of(first) else f"{way.capitalize()} {FORMS}"
             raise LossInputError("subject", "a loss that runs on its columns", text, fix) from first
         self.form = running
         self.unused = self.find_unused()

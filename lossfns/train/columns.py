@@ -213,6 +213,12 @@ def maker_of(loss: AnyLoss, column: str) -> Maker | None:
     return next((MAKERS[key] for key in keys if key in MAKERS), None)
 
 
+def compares_samples(loss: AnyLoss) -> bool:
+    """Whether a loss reads a column that compares the samples of a problem with one another."""
+    makers = (maker_of(loss, column) for column in loss.reads)
+    return any(maker is not None and maker.make in (advantages, win_rate) for maker in makers)
+
+
 def check_columns(loss: AnyLoss, *, teacher: bool, outputs: bool) -> None:
     """Refuse a loss that reads a column which nothing in the run can make.
 

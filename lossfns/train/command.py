@@ -65,7 +65,8 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     model = p.add_argument_group("model").add_argument
     model("--model", metavar="MODEL", help="train this model instead of the embedded one: a folder or the name of a "
         "repository of Hugging Face, a GGUF file, or smollm2, the model of that extra")  # fmt: skip
-    model("--lora", type=int, metavar="RANK", help="train low-rank adapters of this rank instead of all weights")
+    model("--lora", type=int, metavar="RANK", help="train low-rank adapters of this rank instead of all weights "
+        "(default: 0, none)")  # fmt: skip
     model("--lora-parts", metavar="PARTS", help="which layers get adapters: some of attn, mlp and unembed, with commas "
         "between them (default: attn,mlp)")  # fmt: skip
     model("--dtype", choices=models.DTYPES, help="dtype of the weights (default: that of the model's file)")
@@ -96,7 +97,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     run("--config", metavar="FILE", help="take options from a TOML file, such as the config.toml of a run; options of "
         "the command line come first")  # fmt: skip
     run("--out", metavar="DIR", help="the run folder (default: runs/LOSS-TIME)")
-    run("--eval-every", type=int, metavar="N", help="steps from one held-out evaluation to the next (default: only "
+    run("--eval-every", type=int, metavar="N", help="steps from one held-out evaluation to the next (default: 0, only "
         "before and after)")  # fmt: skip
     run("--eval-examples", type=int, metavar="N", help="most held-out examples to measure on (default: 50 with "
         "--model, else all)")  # fmt: skip
@@ -134,7 +135,7 @@ def train_command(args: argparse.Namespace) -> int:
         return 130
     try:
         with silence() if int(os.environ.get("RANK", 0)) else nullcontext():
-            return resume_run(Path(args.resume)) if options is None else start_run(options, here)
+            return resume_run(Path(args.resume)) if options is None else start_run(options, here, given.get("out"))
     except (LossInputError, ImportError, OSError) as error:
         return print_refusal(error)
 
@@ -175,9 +176,9 @@ def one_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def leave_at_once(folder: Path) -> NoReturn:
+def leave_at_once(folder: Path, shown: Path) -> NoReturn:
     """End the process after an interrupt, without waiting for the thread of the current request."""
-    go_on = f"; continue with lossfns train --resume {folder}" if can_resume(folder) else ""
+    go_on = f"; continue with lossfns train --resume {shown}" if can_resume(folder) else ""
     with suppress(OutputError), while_read(sys.stderr):
         print(f"lossfns: interrupted{go_on}", file=sys.stderr)
     with suppress(OutputError), while_read(sys.stdout):
@@ -197,13 +198,17 @@ def silence() -> Iterator[None]:
         yield
 
 
-def start_run(options: Options, here: str) -> int:
-    """Start a new run. Paths are relative to ``here``: a function of the user may have changed the folder since."""
+def start_run(options: Options, here: str, out: str | None) -> int:
+    """Start a new run, in ``out`` if it is given.
+
+    Paths are relative to ``here``: a function of the user may have changed the folder since. They are shown as given.
+    """
     name = re.sub(r"[^\w.-]+", "-", Path(options.loss).name)[:40].strip("-.") or "run"
     start = here if names_code(vars(options)) else ""
-    folder = Path(start, options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    shown = Path(out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(start, shown)
     check_new(folder)
-    return train(options, folder, lambda config: create_run(folder, config))
+    return train(options, folder, shown, lambda config: create_run(folder, config))
 
 
 TRAIN_LONGER = f"to train longer, start a new run with --init {{}}/{CHECKPOINT}"
@@ -217,52 +222,57 @@ def resume_run(folder: Path) -> int:
         with while_read(sys.stdout):
             print(f"{folder} is finished: there is nothing to resume; {TRAIN_LONGER.format(folder)}")
         return 0
+    shown = folder
     if names_code(config["options"]):
         folder = folder.absolute()
     options = complete_options(config["options"])
-    return train(options, folder, lambda now: check_same(config, now, folder))
+    return train(options, folder, shown, lambda now: check_same(config, now, folder))
 
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """The errors of a full disk, a full quota and a limit of a file's size."""
 
 
-def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:
+CheckConfig = Callable[[dict[str, Any]], None]
+"""Takes the config of a run before its first step: it creates the folder, or compares the config with that there."""
+
+
+def train(options: Options, folder: Path, shown: Path, check_config: CheckConfig) -> int:
     """Build the model, run the recipe, save and report.
 
     The first Ctrl-C ends the recipe early, but the run is saved, measured and reported all the same. The second one
-    ends the process at once, with exit status 130.
+    ends the process at once, with exit status 130. The terminal names the folder as ``shown``.
 
     Raises:
         LossInputError: also if a file of the run cannot be written: then it says how to go on.
     """
     with one_interrupt():
         try:
-            return train_and_report(options, folder, check_config)
+            return train_and_report(options, folder, shown, check_config)
         except KeyboardInterrupt:
-            leave_at_once(folder)
+            leave_at_once(folder, shown)
         except OSError as error:
             if not can_resume(folder):
                 raise
-            go_on = f"and continue with lossfns train --resume {folder}."
+            go_on = f"and continue with lossfns train --resume {shown}."
             if error.errno in NO_ROOM:
                 fix = f"Make room for it, {go_on}"
-                raise LossInputError("--out", "a folder to write in", f"{folder} ({error})", fix) from error
+                raise LossInputError("--out", "a folder to write in", f"{shown} ({error})", fix) from error
             got = f"{type(error).__name__}: {error}"
-            raise LossInputError(f"run {folder}", "no error of the system", got, f"Mend its cause, {go_on}") from error
+            raise LossInputError(f"run {shown}", "no error of the system", got, f"Mend its cause, {go_on}") from error
 
 
-def train_and_report(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:
+def train_and_report(options: Options, folder: Path, shown: Path, check_config: CheckConfig) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)  # for random numbers that a recipe does not draw from its own seeds
     loss = loss_of(options.loss, options.set)
     task, reward = examples_of(options, loss)
     with client_of(options) as client:
-        train_with(client, job_of(options, loss, client, task, reward), folder, check_config)
+        train_with(client, job_of(options, loss, client, task, reward), folder, shown, check_config)
     return 0
 
 
-def train_with(client: Client, job: Job, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> None:
+def train_with(client: Client, job: Job, folder: Path, shown: Path, check_config: CheckConfig) -> None:
     """Run the recipe with a client, save and report."""
     ranks, options, task = client.ranks, job.options, job.task
     if options.init and not checkpoints(folder):
@@ -283,4 +293,4 @@ def train_with(client: Client, job: Job, folder: Path, check_config: Callable[[d
         outcome = run_job(run, job)
         write_look(run, client, task.renderer.shown)
     if ranks.rank == 0:
-        report_outcome(run, outcome)
+        report_outcome(run, outcome, shown)

@@ -95,9 +95,18 @@ def config_texts(config: dict[str, Any]) -> dict[str, str]:
     """Return the parts of a config that a comparison shows, as texts by name."""
     options = {name: x for name, x in config["options"].items() if name != "out"}
     parts = {**options, "loss": config.get("loss", ""), **config["versions"]}
-    parts |= {f"model {name}": config["model"].get(name) for name in ("model_name", "parameters", "device", "dtype")}
+    parts |= {words: config["model"].get(name) for name, words in MODEL_WORDS.items()}
     parts |= {f"SHA-256 of {name}": x for name, x in config["sha256"].items()}
     return {name: x if isinstance(x, str) else json.dumps(x) for name, x in parts.items()}
+
+
+MODEL_WORDS = {
+    "model_name": "name of the model",
+    "parameters": "number of parameters",
+    "device": "device of the model",
+    "dtype": "dtype of the weights",
+}
+"""What a comparison calls the parts of the description of a model."""
 
 
 def result_rows(records: Sequence[Record]) -> list[list[str]]:
@@ -109,8 +118,7 @@ def result_rows(records: Sequence[Record]) -> list[list[str]]:
         if points:
             step, value = best(record)
             values = [f"{points[0][1]:.3f}", f"{points[-1][1]:.3f}", f"{value:.3f} @ {step}"]
-        last = record.history[-1]
-        rows.append([f"{number}", *values, f"{len(record.history)}", duration(last["seconds"]), record.state])
+        rows.append([f"{number}", *values, f"{len(record.history)}", duration(record.seconds), record.state])
     return rows
 
 

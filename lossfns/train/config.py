@@ -20,7 +20,7 @@ from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import recorded_options
 from lossfns.train.losses import AnyLoss
 from lossfns.train.options import Options, to_toml, with_effect
-from lossfns.train.paths import with_absolute_paths
+from lossfns.train.paths import code_files, with_absolute_paths
 from lossfns.train.remote import Client, RemoteTrainingClient
 from lossfns.train.run import replaced
 from lossfns.version import __version__
@@ -31,7 +31,7 @@ CONFIG_TOML = "config.toml"
 def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
     recorded = with_absolute_paths(recorded_options(options, loss))
-    sources = {name: recorded[name] for name in ("data", "init") if recorded[name]}
+    sources = {name: recorded[name] for name in ("data", "init") if recorded[name]} | code_files(recorded)
     return {
         "id": uuid4().hex,
         "options": recorded,
@@ -60,7 +60,8 @@ def description_of(client: Client) -> dict[str, Any]:
 def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Compare the config of a run with the present one.
 
-    Another version, device or loss is reported on standard error: the run may then not continue bit for bit.
+    Another version, device or loss, and a changed file of a function, are reported on standard error: the run may then
+    not continue bit for bit.
 
     Raises:
         LossInputError: if a file that the run needs has changed.
@@ -72,7 +73,10 @@ def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
             raise LossInputError(f"--{name}", f"the file that {folder} began with", got, fix)
     old, new = ({"loss": c.get("loss"), "device": c["model"].get("device"), **c["versions"]} for c in (then, now))
     changed = [f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
-    if changed:
+    told = [f"{folder} began with {'; '.join(changed)}"] if changed else []
+    for name, file in code_files(now["options"]).items():
+        if then["sha256"].get(name, now["sha256"][name]) != now["sha256"][name]:
+            told.append(f"{file} has changed since")
+    for text in told:
         with while_read(sys.stderr):
-            text = f"lossfns: {folder} began with {'; '.join(changed)}: it may not continue bit for bit"
-            print(text, file=sys.stderr)
+            print(f"lossfns: {text}: the run may not continue bit for bit", file=sys.stderr)

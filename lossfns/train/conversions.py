@@ -6,10 +6,11 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from lossfns.train import tables
-from lossfns.train.values import Row, quoted
+from lossfns.train.values import Row, quoted, shown
 
 GOOD = '"true", "1", "1.0"'
 """The labels of good completions, in small letters."""
@@ -18,12 +19,21 @@ GOOD = '"true", "1", "1.0"'
 def renamed(row: Row, keys: Sequence[str]) -> str:
     """Say how to rename fields of the row's file, so that it has these fields."""
     path = path_of(row)
+    missing = [key for key in keys if key not in row.fields]
+    similar = {key: name for key in missing for name in misspelled(key, row, keys)}
+    meant = "".join(f"Did you mean {key!r} by {shown(name)}? " for key, name in similar.items())
     if is_csv(path):
-        return "Rename the columns in the first line."
-    fields = ", ".join(key if key in row.fields else f"{key}: .FIELD" for key in keys)
-    missing = (key for key in keys if key not in row.fields)
-    columns = {f"FIELD{i}": key for i, key in enumerate(missing, 1)}
-    return f"Rename the fields: {command(path, f'{{{fields}}}', f'.rename_columns({json.dumps(columns)})')}"
+        return f"{meant}Rename the columns in the first line."
+    names = {key: f"[{json.dumps(similar[key])}]" if key in similar else "FIELD" for key in missing}
+    fields = ", ".join(f"{key}: .{names[key]}" if key in names else key for key in keys)
+    columns = {similar.get(key, f"FIELD{i}"): key for i, key in enumerate(missing, 1)}
+    how = ", with your own in place of FIELD" if len(similar) < len(missing) else ""
+    return f"{meant}Rename the fields{how}: {command(path, f'{{{fields}}}', f'.rename_columns({json.dumps(columns)})')}"
+
+
+def misspelled(key: str, row: Row, keys: Sequence[str]) -> list[str]:
+    """Return the field of a row that is most similar to a missing one, if there is one."""
+    return get_close_matches(key, [str(name) for name in row.fields if name not in keys], n=1, cutoff=0.75)
 
 
 def without(row: Row, key: str) -> str:

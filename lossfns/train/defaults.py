@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lossfns.errors import LossInputError
-from lossfns.train.columns import check_columns
+from lossfns.train.columns import check_columns, compares_samples
 from lossfns.train.losses import AnyLoss, family_loss, method_of, spelled
 from lossfns.train.options import LARGEST, NAMES, Options, check_known, check_option, flag
 from lossfns.train.paths import with_lasting_paths
@@ -105,6 +105,10 @@ def complete_options(given: Mapping[str, Any]) -> Options:
     if options.advantage_scale != Options.advantage_scale and "advantages" not in loss.reads:
         got = f"{loss.name}, which reads {', '.join(loss.reads)}"
         raise LossInputError("--advantage-scale", "a loss that reads advantages", got, "Leave it out.")
+    if options.group == 1 and compares_samples(loss):
+        got = f"1 with {loss.name}, which compares the samples of a problem"
+        fix = "A sample that is alone is no better or worse than others: nothing would be learned."
+        raise LossInputError("--group", "at least 2 samples of each problem", got, fix)
     check_together(options)
     return options
 

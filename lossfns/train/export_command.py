@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lossfns.backend.client.service import LocalServiceClient
+from lossfns.backend.client.service import adapted_as_saved
+from lossfns.backend.client.training import LocalTrainingClient
+from lossfns.backend.engine.state import check_description
+from lossfns.backend.model import lora
 from lossfns.backend.model.decoder import Decoder
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
-from lossfns.terminal import print_refusal, say, while_read
+from lossfns.terminal import print_refusal, say, status, while_read
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.options import check_option, naming
+from lossfns.train.remote import path_on_server
 from lossfns.train.run import CONFIG, check_new, load_config
 
 
@@ -48,6 +52,7 @@ def export_command(args: argparse.Namespace) -> int:
         check_option("RUN", args.source)
         check_option("DIR", args.folder)
         path, model = newest(Path(args.source))
+        torch.set_num_threads(1)  # others would mostly wait, at full load
         with naming(dict.fromkeys(("source", "model"), "--model" if args.model else "RUN")):
             export(path, args.folder, merge=args.merge, model=args.model or model)
     except (LossInputError, ImportError, OSError) as error:
@@ -58,7 +63,7 @@ def export_command(args: argparse.Namespace) -> int:
         say(f"exported    {args.folder}")
         if base := base_of(Path(args.folder)):
             say(f"base model  {base}")
-        say(f"train on    lossfns train sft --model {args.folder}")
+        say(f"train more  lossfns train sft --model {args.folder}")
     return 0
 
 
@@ -80,9 +85,14 @@ def newest(source: Path) -> tuple[Path, str | None]:
         return source, None
     options = load_config(source, "RUN")["options"]
     found = checkpoints(source)
-    if not found or options.get("base_url"):
-        got = f"{source}, which has {'its checkpoints on a server' if found else 'none'}"
+    if not found:
         fix = "A run saves its first one after --save-every steps."
+        raise LossInputError("RUN", "a run with a checkpoint in its folder", f"{source}, which has none", fix)
+    if url := options.get("base_url"):
+        path = path_on_server(found[0])
+        got = f"{source}, whose newest checkpoint is {path} of {url}"
+        file = path.removeprefix("tinker://").replace(":train:", "/")
+        fix = f"On the machine of the server: lossfns export STATE/{file} DIR, with the --state of lossfns serve."
         raise LossInputError("RUN", "a run with a checkpoint in its folder", got, fix)
     return found[0], options.get("model")
 
@@ -102,12 +112,19 @@ def export(path: Path, folder: str, *, merge: bool = False, model: str | None = 
     check_new(Path(folder), "DIR")
     with naming({"path": "RUN"}):
         data = checkpoint.metadata(path)
-    name = str(data.get("model"))
-    service = LocalServiceClient({name: lambda: base_model(path, data, model or data.get("source"))}, device="cpu")
-    with naming({"path": "RUN"}):
-        client = service.create_training_client_from_state(path, name)
-    with naming({"path": "DIR"}):
-        client.export(folder, merge=merge).result()
+    with status() as tell:
+        tell("loading the model")
+        base, tokenizer = base_model(path, data, model or data.get("source"))
+        lora.merge(base)
+        with naming({"path": "RUN"}):
+            check_description(base, data, str(path))
+            whole = base if data.get("lora") is None else adapted_as_saved(base, data["lora"], str(path))
+            client = LocalTrainingClient(whole, tokenizer=tokenizer, device="cpu", name=str(data.get("model")))
+            tell(f"reading {path}")
+            client.load_state(path).result()
+        tell(f"writing {folder}")
+        with naming({"path": "DIR"}):
+            client.export(folder, merge=merge).result()
 
 
 def base_model(path: Path, data: dict[str, Any], source: str | None) -> tuple[nn.Module, Any]:

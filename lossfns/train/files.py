@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,18 @@ def as_row(place: str, value: Any) -> Row:
     return Row(place, value if isinstance(value, dict) else {})
 
 
+SEPARATORS = (";", "\t", "|", ",")
+"""The signs that stand between the columns of tables."""
+
+
+def with_separator(path: str, separator: str, wanted: str) -> str:
+    """Return the command that writes a table with another separator."""
+    file, old, new = map(json.dumps, (path, separator, wanted))
+    rows = f'csv.reader(open({file}, encoding="utf-8-sig", newline=""), delimiter={old})'
+    code = f"import csv, sys; csv.writer(sys.stdout, delimiter={new}).writerows({rows})"
+    return f"PYTHONIOENCODING=utf-8 python -c {shlex.quote(code)} > separated{Path(path).suffix}"
+
+
 def csv_rows(path: str, text: str, delimiter: str, on_error: OnError) -> Iterator[Row]:
     """Yield the rows of a table whose first line names the columns."""
     csv.field_size_limit(MAX_LINE)
@@ -332,6 +345,9 @@ def csv_rows(path: str, text: str, delimiter: str, on_error: OnError) -> Iterato
             continue
         if not header:
             header = cells
+            if len(header) == 1 and (other := next((sign for sign in SEPARATORS if sign in header[0]), None)):
+                fix = f"The separator is {other!r}. Write another file: {with_separator(path, other, delimiter)}"
+                raise LossInputError(place, f"columns with {delimiter!r} between them", shown(header[0]), fix)
             if len(set(header)) < len(header) or "" in header:
                 raise LossInputError(place, "a name for each column, once", shown(header), "Name the columns.")
         elif len(cells) != len(header):

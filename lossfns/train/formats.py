@@ -342,17 +342,18 @@ def recognise(row: Row, kind: type[Example]) -> Format:
     keys = formats[0].keys
     missing = next((key for key in keys if key not in row.fields), keys[0])
     reads = "; ".join(", ".join(each.keys) for each in formats)
+    readers = KINDS[kind].capitalize()
     found = ((each, other) for other, others in FORMATS.items() if (each := matching(row, others)))
     others = [(each, other) for each, other in found if each.keys != ("prompt",)]
     if others:
         other_format, other = max(others, key=lambda pair: len(pair[0].keys))
         name = other_format.name.split(";")[0]
-        fix = f"The row is of the format {name}, which {KINDS[other]} read. This method reads {reads}."
+        fix = f"The row is of the format {name}, which {KINDS[other]} read. {readers} read {reads}."
         row.refuse(f"text under {missing!r}", "nothing", fix)
     path = conversions.path_of(row)
     if (key := key_of_rows(row.fields)) is not None and conversions.is_json(path):
         row.refuse(f"text under {missing!r}", "nothing", write_list(path, quoted(key)[1:-1]))
-    fix = f"The row has {names}. This method reads {reads}. {conversions.renamed(row, keys)}"
+    fix = f"The row has {names}. {readers} read {reads}. {conversions.renamed(row, keys)}"
     row.refuse(f"text under {missing!r}", "nothing", fix)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class OwnLoss:
         reads: the columns that it reads besides ``logprobs`` and ``weights``.
         method: the training method, which follows from the columns and from what the gradients depend on.
         settings: its settings of ``--set``, as texts by name.
+        place: the file and line where it is defined; an empty text if they are not known.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OwnLoss:
     reads: tuple[str, ...]
     method: str
     settings: tuple[tuple[str, str], ...] = ()
+    place: str = ""
 
     def bind(self, /, **columns: Any) -> LossFn:
         """Return the function for a batch with these columns: a number or a row for each datum.
@@ -63,6 +65,20 @@ class OwnLoss:
 
 
 AnyLoss = Loss | OwnLoss
+
+
+@contextmanager
+def naming_own(loss: AnyLoss) -> Iterator[None]:
+    """Add the name of a loss of the user, and its file and line, to a ``LossInputError`` of the block without a name.
+
+    Such an error is about what the function returned, as a loss that is nan.
+    """
+    try:
+        yield
+    except LossInputError as error:
+        if isinstance(loss, OwnLoss) and error.loss is None and not error.field.startswith("--"):
+            error.loss = f"--loss {loss.name}{loss.place and f' ({loss.place})'}"
+        raise
 
 
 def call_with_columns(loss: OwnLoss, columns: Mapping[str, Any], data: list[Any], logprobs_list: list[Any]) -> Any:

@@ -129,15 +129,20 @@ def mean_reward(
 # Samples to look at
 
 SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 3, 64, 0.7
-"""How many samples are shown, the most tokens of each, and the temperature at which they are drawn."""
+"""How many samples are shown, the most tokens of each (of a policy ``--max-tokens``), and their temperature."""
 
 
-def sample_texts(client: Client, renderer: Renderer, examples: Sequence[Example]) -> list[list[str]]:
-    """Return pairs of a prompt and a sample for a few examples. The same weights give the same samples."""
+def sample_texts(
+    client: Client, renderer: Renderer, examples: Sequence[Example], max_tokens: int | None = None
+) -> list[list[str]]:
+    """Return pairs of a prompt and a sample for a few examples. The same weights give the same samples.
+
+    ``max_tokens`` is that of the samples that are rewarded; None for a method that does not sample.
+    """
     prompts = [shown_prompt(renderer, example) for example in examples[:SAMPLES]]
     sampler = client.save_weights_and_get_sampling_client()
     room = context_length(sampler) - max(map(len, prompts))
-    most = int(min(SAMPLE_TOKENS, max(1, room)))
+    most = int(min(max_tokens or SAMPLE_TOKENS, max(1, room)))
     params = SamplingParams(max_tokens=most, seed=11, temperature=TEMPERATURE, stop=renderer.end)
     responses = sampler.sample_batch([ModelInput.from_ints(prompt) for prompt in prompts], 1, params).result()
     tokens = [response.sequences[0].tokens for response in responses]

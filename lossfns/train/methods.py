@@ -13,7 +13,7 @@ from lossfns.datum import Datum
 from lossfns.errors import LossInputError, show
 from lossfns.metrics import merge_metrics
 from lossfns.train.columns import Batch, columns_of
-from lossfns.train.losses import AnyLoss
+from lossfns.train.losses import AnyLoss, naming_own
 from lossfns.train.remote import Client
 from lossfns.train.run import Run
 
@@ -86,7 +86,8 @@ def train(
         for members in parts_of(batch, updates):
             bound = loss.bind(**{name: [column[i] for i in members] for name, column in columns.items()})
             data = [batch.data[i] for i in members]
-            metrics.append(train_step(client, data, bound, learning_rate(step)))
+            with naming_own(loss):
+                metrics.append(train_step(client, data, bound, learning_rate(step)))
         points = {name: columns[name][0] for name in columns if name == "reference_point"}  # one for the whole batch
         run.log(step, {**merged(metrics), **batch.metrics, **points}, data, bound)
         after(step + 1, batch)

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lossfns.terminal import console_on, one_line, say, while_read, width_of
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.measures import TEMPERATURE, TITLES
 from lossfns.train.recipes import Outcome
-from lossfns.train.record import read_record
-from lossfns.train.report import write_report
-from lossfns.train.run import METRICS, RESULT, Run, write_json
+from lossfns.train.record import EMPTY, read_record
+from lossfns.train.report import duration, write_report
+from lossfns.train.run import METRICS, REPORT, RESULT, Run, write_json
+from lossfns.train.values import counted
 
 
-def report_outcome(run: Run, outcome: Outcome) -> None:
-    """Write ``result.json`` and ``report.html``, and print the outcome."""
+def report_outcome(run: Run, outcome: Outcome, shown: Path) -> None:
+    """Write ``result.json`` and ``report.html``, and print the outcome, with the folder as ``shown``."""
+    seconds = round(run.seconds, 1)
     result = {
         "stopped_early": run.stopped,
-        "seconds": round(run.seconds, 1),
+        "seconds": seconds,
         **{name: {"before": outcome.before[name], "after": outcome.after[name]} for name in outcome.before},
         "samples": outcome.samples,
     }
     write_json(run.folder, RESULT, result)
-    page = write_report(read_record(run.folder)) if run.history else "none: the run has made no step"
+    if run.history:
+        write_report(read_record(run.folder))
     with while_read(sys.stdout):
         print_outcome(outcome)
         print_samples(outcome.samples)
-        say(f"{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
-        say(f"checkpoint  {checkpoints(run.folder)[0]}")
-        say(f"metrics     {run.folder / METRICS}")
-        say(f"report      {page}")
-        say(f"try it      lossfns sample {run.folder} PROMPT")
+        stopped = ", stopped early" if run.stopped else ""
+        say(f"{counted(run.steps_done, 'step')}{stopped}; {duration(seconds)} in all, with the measurements")
+        say(f"checkpoint  {shown / checkpoints(run.folder)[0].name}")
+        say(f"metrics     {shown / METRICS}")
+        say(f"report      {shown / REPORT if run.history else 'none: the run has made no step'}")
+        say(f"try it      lossfns sample {shown} PROMPT")
         if run.stopped:
-            say(f"continue    lossfns train --resume {run.folder}")
+            say(f"continue    lossfns train --resume {shown}")
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -65,5 +70,6 @@ def print_samples(samples: Sequence[Mapping[str, str]]) -> None:
     say(f"samples at temperature {TEMPERATURE}, before and after training (whole in {RESULT})")
     for sample in samples:
         for name, text in sample.items():
-            say(f"  {name:<8}{one_line(text, width, end=name == 'prompt')}")
+            shown = text if text or name == "prompt" else EMPTY
+            say(f"  {name:<8}{one_line(shown, width, end=name == 'prompt')}")
         say("")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lossfns.errors import LossInputError
@@ -24,7 +26,7 @@ def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
     if isinstance(subject, (Loss, BoundLoss)):
         check_settings(text, {}, settings)
         return unbound(subject)
-    name = text.rpartition(":")[2]
+    name, place = text.rpartition(":")[2], defined_at(subject)
     if settings and callable(subject):
         known = defaults_of(subject)
         check_settings(text, known, settings)
@@ -42,7 +44,15 @@ def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
     names = {column.rpartition(" ")[2] for column in columns} - {ALL_FIELDS, *DATUM_FIELDS}
     by_columns = "policy" if SAMPLED & names else "supervised"
     shown = tuple((n, value if isinstance(value, str) else repr(value_of(value))) for n, value in settings.items())
-    return OwnLoss(name, function, tuple(sorted(names)), METHOD_OF_KIND.get(kind, by_columns), shown)
+    return OwnLoss(name, function, tuple(sorted(names)), METHOD_OF_KIND.get(kind, by_columns), shown, place)
+
+
+def defined_at(subject: Any) -> str:
+    """Return the file and line of a function, or of the class of an object; an empty text if they are not known."""
+    for each in (inspect.unwrap(subject) if callable(subject) else subject, type(subject)):
+        with suppress(OSError, TypeError):
+            return f"{inspect.getfile(each)}:{inspect.getsourcelines(each)[1]}"
+    return ""
 
 
 def unbound(loss: Loss | BoundLoss) -> Loss:

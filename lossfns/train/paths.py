@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lossfns.loading import file_of
 from lossfns.train import files
 
 
@@ -36,6 +37,15 @@ def names_code(options: Mapping[str, Any]) -> bool:
     """Whether the loss or the reward is a function of the user. Its module may change the folder as it is imported."""
     loss, reward = (options.get(name) or "" for name in ("loss", "reward"))
     return ":" in loss.partition("(")[0] or (":" in reward and not reward.startswith(("regex:", "json-schema:")))
+
+
+def code_files(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files of the loss and the reward that are the user's: Python files, and a JSON schema."""
+    loss, reward = (options.get(name) or "" for name in ("loss", "reward"))
+    found = {"loss": file_of(loss) if ":" in loss.partition("(")[0] else None}
+    kind, _, rest = reward.partition(":")
+    found["reward"] = rest if kind == "json-schema" else file_of(reward) if rest and kind != "regex" else None
+    return {name: file for name, file in found.items() if file}
 
 
 def with_lasting_paths(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -53,6 +53,13 @@ class Job:
         return self.task.held_out[: self.options.eval_examples]
 
     @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of a sample that is rewarded; None for a method that does not sample."""
+        if self.reward is None:
+            return None
+        return max_tokens_of(self.task, self.options)
+
+    @property
     def phase(self) -> str:
         """The name of the phase: ``--loss`` if it is a plain name, or else the name of the loss."""
         text = self.options.loss
@@ -96,7 +103,7 @@ def run_job(run: Run, job: Job) -> Outcome:
     recipe = RECIPES[method_of(job.loss)](run, job, reference)
     some = f" of {len(task.held_out)}, as --eval-examples says" if len(job.held_out) < len(task.held_out) else ""
     run.say(f"measuring on held-out examples: {len(job.held_out)}{some}")
-    draw = partial(measures.sample_texts, job.client, task.renderer, job.held_out)
+    draw = partial(measures.sample_texts, job.client, task.renderer, job.held_out, job.max_tokens)
 
     def measure() -> Measured:
         values = recipe.measure()
@@ -118,6 +125,9 @@ def run_job(run: Run, job: Job) -> Outcome:
         updates=max(1, options.updates),
         after=partial(watch, run, job, recipe),
     )
+    if not run.done.get(job.phase):
+        run.say(f"stopped before the first step of {job.phase}")
+        return Outcome(before, before, tuple({"prompt": p, "before": old, "after": old} for p, old in texts))
     pairs = zip(texts, draw())
     samples = tuple({"prompt": p, "before": old, "after": new} for (p, old), (_, new) in pairs)
     return Outcome(before, measure(), samples)
@@ -266,8 +276,8 @@ def judged(make: Callable[..., Batch], measure: Callable[..., Any], run: Run, jo
 def policy(run: Run, job: Job, reference: Client | None) -> Recipe:
     """Learn by reinforcement from samples."""
     client, task, options, reward = job.client, job.task, job.options, job.reward
-    assert reward is not None
-    max_tokens = max_tokens_of(task, options)
+    max_tokens = job.max_tokens
+    assert reward is not None and max_tokens is not None
 
     def make_batch(rng: Random) -> Batch:
         problems = task.draw(rng, options.batch)

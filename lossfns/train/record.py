@@ -40,6 +40,13 @@ class Record(NamedTuple):
         return "stopped early" if self.result.get("stopped_early") else "finished"
 
     @property
+    def seconds(self) -> float:
+        """The time spent on the run, measurements included; of a run that has not ended, until the last row."""
+        if self.state != "not ended" and "seconds" in self.result:
+            return float(self.result["seconds"])
+        return max(float(rows[-1]["seconds"]) for rows in (self.history, self.evaluations) if rows)
+
+    @property
     def phases(self) -> list[str]:
         """The phases that have begun, in their order."""
         return list(dict.fromkeys(row["phase"] for row in [*self.history, *self.evaluations]))
@@ -65,6 +72,9 @@ class Record(NamedTuple):
         measured = self.result[self.measure]
         return [(0, float(measured["before"])), (self.history[-1]["step"], float(measured["after"]))]
 
+
+EMPTY = "(empty: the model ended at once)"
+"""The text that is shown for a sample without text."""
 
 PLACE = ("phase", "step", "seconds", "stopped_early", "samples")
 """The fields of a row, or of a result, that are no measurements."""

@@ -12,7 +12,7 @@ from lossfns.train.charts import Line, smooth
 from lossfns.train.config import CONFIG_TOML
 from lossfns.train.options import to_toml, with_effect
 from lossfns.train.page import facts, figure, key, page, table, text
-from lossfns.train.record import Record, best, changing, rises, values_of
+from lossfns.train.record import EMPTY, Record, best, changing, rises, values_of
 from lossfns.train.run import REPORT, replaced
 
 
@@ -54,7 +54,7 @@ def title_of(record: Record) -> str:
 
 def headline(record: Record) -> str:
     """Return the main numbers: the held-out measure before and after, steps and time."""
-    name, points, last = record.measure, record.held_out(), record.history[-1]
+    name, points = record.measure, record.held_out()
     pairs: list[tuple[str, object]] = []
     if name and len(points) > 1:
         before, after = points[0][1], points[-1][1]
@@ -65,7 +65,7 @@ def headline(record: Record) -> str:
         step, value = best(record)
         pairs.append((f"best ({'highest' if rises(name or '') else 'lowest'})", f"{value:.3f} after {step} steps"))
     tokens = sum(row.get("tokens", 0) for row in record.history)
-    pairs += [("state", record.state), ("steps", f"{len(record.history):,}"), ("time", duration(last["seconds"]))]
+    pairs += [("state", record.state), ("steps", f"{len(record.history):,}"), ("time", duration(record.seconds))]
     pairs += [("tokens trained", f"{tokens:,.0f}")] if tokens else []
     return facts(pairs, large)
 
@@ -122,7 +122,8 @@ def samples(rows: Sequence[Mapping[str, str]]) -> str:
     """Return the samples before and after training."""
 
     def part(name: str, content: str) -> str:
-        return f"<div><p>{text(name)}</p><pre>{text(content) or ' '}</pre></div>"
+        shown = content or (" " if name == "prompt" else EMPTY)
+        return f"<div><p>{text(name)}</p><pre>{text(shown)}</pre></div>"
 
     return "".join(f'<div class="sample">{"".join(part(*pair) for pair in row.items())}</div>' for row in rows)
 
@@ -148,21 +149,31 @@ def batch(content: Mapping[str, Any]) -> str:
     totals = [
         ("loss", f"{float(content['loss']):.4g}"),
         ("Σ|g|", f"{float(content['l1']):.4g}"),
-        ("cancelled", f"{float(content['cancellation']):.0%}"),
+        ("of Σ|g|, opposite signs cancel", f"{float(content['cancellation']):.0%}"),
     ]
     tokens, columns = content["tokens"], content["columns"]
     largest = max((abs(float(g)) for row in content["sequences"] for g in row["gradient"]), default=0.0)
     most = max((float(c) for row in content["sequences"] for c in row.get("coefficient", [])), default=0.0)
     looks = [("c0", "made more likely (g < 0)"), ("c1", "made less likely (g > 0)")]
     return (
-        f"<p>{text(place)}, under the weights after it. g = ∂L/∂logprob of each token; the stronger the colour, the "
-        f"larger |g|. The bar below a token is its coefficient: its share of the loss, over the denominator. Masked "
-        f"tokens are grey, and clipped ones are crossed out.</p>"
-        f"{facts(totals)}"
+        f"<p>{text(place)}, under the weights after it. g is the gradient of the loss with respect to the logprob of a "
+        f"token. Opposite signs cancel in the sum over all tokens: 0% if all g have one sign, 100% if they add up to 0."
+        f"</p>{facts(totals)}"
         f'<div class="grid"><div>{table(tokens[1:], head=tokens[0])}</div>'
-        f"<div>{table(columns[1:], head=columns[0]) if columns[1:] else ''}</div></div>"
-        f"<p>&nbsp;</p>{key(looks)}"
+        f"<div>{effects(columns[1:]) if columns[1:] else ''}</div></div>"
+        f"<p>The stronger the colour of a token, the larger |g|. The bar below it is its coefficient, the factor of "
+        f"its term in the loss: 1/N in a mean over N tokens. Masked tokens are grey, clipped ones are crossed out.</p>"
+        f"{key(looks)}"
         f'<div class="grid">{"".join(strip(row, largest, most) for row in content["sequences"])}</div>'
+    )
+
+
+def effects(rows: Sequence[Sequence[object]]) -> str:
+    """Return how much the gradients depend on each column of the loss."""
+    return (
+        f"{table(rows, head=('without', 'g changes by', 'of Σ|g|'))}"
+        '<p class="dim">Without a column: advantages of 0, or old and reference logprobs that equal the present ones. '
+        "Effects overlap, so they need not add up to 100%.</p>"
     )
 
 

@@ -132,7 +132,11 @@ def sample_texts(model: Model, prompt: list[int], args: argparse.Namespace, turn
     if most < args.max_tokens and any(sequence.stop_reason == "length" for sequence in response.sequences):
         with while_read(sys.stderr):
             say(f"a sample ends where the context of {context:g} tokens is full", sys.stderr)
-    return [model.renderer.decode(sequence.tokens) for sequence in response.sequences]
+    texts = [model.renderer.decode(sequence.tokens) for sequence in response.sequences]
+    if not all(texts):
+        with while_read(sys.stderr):
+            say("a sample is empty: the model ended at once", sys.stderr)
+    return texts
 
 
 def show(texts: list[str]) -> None:

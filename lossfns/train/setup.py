@@ -15,7 +15,7 @@ from lossfns.errors import LossInputError
 from lossfns.train import models, remote, tasks
 from lossfns.train.columns import OUTPUTS, weights_of
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, datum_of, sequences
-from lossfns.train.losses import AnyLoss, OwnLoss, method_of
+from lossfns.train.losses import AnyLoss, OwnLoss, method_of, naming_own
 from lossfns.train.methods import number
 from lossfns.train.options import Options, naming
 from lossfns.train.recipes import Job, answer_lengths, max_tokens_of, reward_name
@@ -69,9 +69,10 @@ def try_loss(loss: OwnLoss, task: Task[Any]) -> None:
     columns |= {"advantages": signs, "rewards": shares, "labels": shares, "reference_point": zeros}
     columns |= {"groups": [0] * len(data), "nll_weights": [weights_of(datum) for datum in data]}
     read = {name: columns[name][: len(data)] for name in loss.reads if name in columns}
-    _, metrics = check_contract(loss.bind(**read)(data, [row.requires_grad_() for row in logprobs]))
-    for name, value in metrics.items():
-        number(name, value)
+    with naming_own(loss):
+        _, metrics = check_contract(loss.bind(**read)(data, [row.requires_grad_() for row in logprobs]))
+        for name, value in metrics.items():
+            number(name, value)
 
 
 ROWS = ("old_logprobs", "sampler_logprobs", "ref_logprobs", "teacher_logprobs", *OUTPUTS)

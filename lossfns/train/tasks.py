@@ -238,6 +238,11 @@ def load(
         DATED if renderer.dated else "",
     ]
     note, style = "; ".join(filter(None, notes)), formats.prompt_style(rows[0], row_format)
+    if style == "text" and renderer.template is not None:
+        note += (
+            "\nwarning: the model has a chat template, and these prompts are text, which it gets without the template: "
+            'a chat model may end at once. A prompt of messages, [{"role": "user", "content": ...}], gets it'
+        )
     name = rows[0].place.rpartition(":")[0]  # with the split that was taken
     return Task(name, renderer, draw, held_out, train, note, style)
 

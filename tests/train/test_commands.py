@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -23,11 +24,16 @@ from typing import Any
 import pytest
 
 from lossfns.cli import main
+from lossfns.errors import LossWarning, warn
 from lossfns.terminal import console_on
 from lossfns.train import sample_command
+from lossfns.train.defaults import complete_options
 from lossfns.train.display import LiveDisplay, PlainDisplay
 from lossfns.train.outcome import print_samples
-from lossfns.train.run import METRICS, RESULT, Run
+from lossfns.train.record import EMPTY
+from lossfns.train.render import Renderer
+from lossfns.train.report import samples
+from lossfns.train.run import EVALUATIONS, METRICS, RESULT, Run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
 for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
@@ -104,6 +110,16 @@ def later(data, logprobs_list):
         raise RuntimeError("two\\nlines")
     weights = [datum.loss_fn_inputs["weights"].to_torch() for datum in data]
     return -sum((w * lp).sum() for w, lp in zip(weights, logprobs_list)) / sum(w.sum() for w in weights), {}
+
+CALLS = []
+def in_the_trial(logprobs, mask):
+    CALLS.append(1)
+    if len(CALLS) >= 7:
+        raise RuntimeError("oops")
+    return -(logprobs * mask).sum() / mask.sum()
+
+def nan_later(data, logprobs_list):
+    return sum(map(sum, logprobs_list)) * (float("nan") if len(data) == 3 else 1.0), {}
 """
 
 
@@ -117,10 +133,38 @@ def test_what_ones_own_loss_raises_is_one_line_with_its_place(
         ("raises", f"--loss raises: expected a loss for each batch, got KeyError: 'x' ({mine}:3)", False),
         ("constant", "loss: expected a 0-d tensor, got a float", False),
         ("later", f"got RuntimeError: two lines ({mine}:10). Correct it there.", True),
+        ("in_the_trial", f"got RuntimeError: oops ({mine}:18). Correct it there, or give its settings values", False),
+        ("nan_later", f"--loss nan_later ({mine}:21): loss: expected a finite value, got nan", True),
     ]:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert main(small(tmp_path, f"{mine}:{name}", "--steps", "1")) == 2, name
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("lossfns: ") and says in last and (tmp_path / "run").exists() == folder, (name, last)
+
+
+def test_a_run_with_code_of_ones_own_names_its_folder_as_given_and_says_that_the_code_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+    code = "import os\nos.chdir('elsewhere')\ndef mine(data, rows):\n    return -sum(map(sum, rows)), {}\n"
+    Path("mine.py").write_text(code)
+    assert main(small(Path(), "mine.py:mine", "--steps", "1")) == 0
+    shown = capsys.readouterr().out
+    assert "\ncheckpoint  run/checkpoint.safetensors\n" in shown and "\nreport      run/report.html\n" in shown
+    seconds = json.loads((tmp_path / "run" / RESULT).read_text())["seconds"]
+    assert f"\n1 step; {seconds:.1f} s in all, with the measurements\n" in shown
+    assert f"<dt>time</dt><dd>{seconds:.1f} s</dd>" in (tmp_path / "run" / "report.html").read_text()
+    for changed in (False, True):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "run" / RESULT).unlink()
+        if changed:
+            Path("mine.py").write_text(code + "\n")
+        assert main(["train", "--resume", "run"]) == 0
+        output = capsys.readouterr()
+        assert "\ntry it      lossfns sample run PROMPT\n" in output.out
+        said = f"lossfns: {tmp_path}/mine.py has changed since: the run may not continue bit for bit\n"
+        assert (said in output.err) == changed
 
 
 IN_THE_WAY = """
@@ -149,6 +193,42 @@ def test_groups_that_cannot_be_sampled_are_refused(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["train", "grpo", "--batch", "65536", "--group", "4096"])
     assert "--group: expected --batch times --group of at most 65536, got 268435456" in capsys.readouterr().err
+
+
+def test_a_group_of_one_is_refused_where_samples_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its advantage is 0, and its win rate is always ½. A loss that compares with the reference learns from it."""
+    for loss in ("grpo", "reinforce", "sppo"):
+        with pytest.raises(SystemExit):
+            main(["train", loss, "--group", "1"])
+        assert "--group: expected at least 2 samples of each problem, got 1" in capsys.readouterr().err, loss
+    assert complete_options({"loss": "prime_ref_kl", "group": 1}).group == 1
+
+
+def test_a_warning_is_one_plain_line_and_comes_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def twice() -> int:
+        for text in ("a", "a", "b"):
+            warn(text)
+        return 0
+
+    monkeypatch.setattr("lossfns.cli.show_overview", twice)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main([]) == 0
+        assert capsys.readouterr().err == "lossfns: warning: a\nlossfns: warning: b\n"
+        with pytest.warns(LossWarning):
+            warn("others show it as before")
+
+
+def test_a_run_that_is_stopped_in_its_warm_up_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lossfns.train.recipes.warm_up", lambda run, job: setattr(run, "stopping", True))
+    assert main(small(tmp_path, "dpo", "--steps", "2", "--warmup-steps", "2")) == 0
+    shown = capsys.readouterr().err
+    assert "before training\n" in shown and "→" not in shown and "stopped before the first step of dpo" in shown
+    assert len((tmp_path / "run" / EVALUATIONS).read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", [["train", "--resume"], ["plot"], ["sample"]])
@@ -474,6 +554,29 @@ def test_samples_before_and_after_are_shown_and_kept(tmp_path: Path, capsys: pyt
     (sample,) = json.loads((tmp_path / "run" / RESULT).read_text())["samples"]
     assert re.fullmatch(r"\d+: 2\+2=", sample["prompt"]) and sample["before"] != sample["after"] == "4"
     assert "  after   4\n" in shown and "  before  " in shown
+
+
+def test_samples_of_a_policy_run_are_as_long_as_those_that_are_rewarded(tmp_path: Path) -> None:
+    """A byte is a token. Before training an end token is rare: of six samples, some have all 70 or 4 bytes."""
+    for most in (70, 4):
+        run = tmp_path / f"run{most}"
+        options = ["--warmup-steps", "0", "--steps", "1", "--batch", "1", "--group", "2", "--max-tokens", str(most)]
+        options += ["--reward", "regex:.", "--data", sums(tmp_path, 40), "--out", str(run)]
+        assert main(["train", "grpo", *options]) == 0
+        samples = json.loads((run / RESULT).read_text())["samples"]
+        lengths = [len(each[when]) for each in samples for when in ("before", "after")]
+        assert 0.5 * most < max(lengths) <= most
+
+
+def test_an_empty_sample_is_said_to_be_empty(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_samples([{"prompt": "", "before": "", "after": "a"}])
+    assert f"  prompt  \n  before  {EMPTY}\n  after   a\n" in capsys.readouterr().out
+    assert samples([{"prompt": "", "before": ""}]).count(EMPTY) == 1
+    monkeypatch.setattr(Renderer, "decode", lambda *_: "")
+    assert main(["sample", str(run), "5?"]) == 0
+    assert capsys.readouterr().err == "a sample is empty: the model ended at once\n"
 
 
 def test_the_end_of_a_long_prompt_and_whole_escapes_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

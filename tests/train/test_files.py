@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,22 @@ def test_a_table_that_cannot_be_used_is_named_by_its_line(tmp_path: Path) -> Non
     for content, says in WRONG_TABLES:
         path.write_text(content)
         assert says in refusal("sft", path), content[:80]
+
+
+def test_a_table_with_another_separator_gets_a_command_that_works(tmp_path: Path) -> None:
+    """Its first line is one name with the separator in it. A table of one column has no such sign."""
+    for name, separator, wanted in (("rows.csv", ";", ","), ("it's.csv", "\t", ","), ("rows.tsv", ",", "\t")):
+        path = tmp_path / name
+        path.write_text(f'prompt{separator}completion\né{separator}"b;,|"\n', encoding="utf-8")
+        says = refusal("sft", path)
+        assert f":1: expected columns with {wanted!r} between them, got 'prompt" in says, says
+        assert f"The separator is {separator!r}." in says
+        command = says[says.index("PYTHONIOENCODING") :].replace("python -c", f"{sys.executable} -c")
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+        (row,) = files.read_rows(str(tmp_path / f"separated{path.suffix}"))
+        assert row.fields == {"prompt": "é", "completion": "b;,|"}
+    path.write_text("text\na;b\n")
+    assert [row.fields for row in files.read_rows(str(path))] == [{"text": "a;b"}]
 
 
 def test_a_converted_table_is_named_as_a_table(tmp_path: Path) -> None:

@@ -139,7 +139,10 @@ def called(arguments: str | None = None, **more: Any) -> dict[str, Any]:
 WRONG: list[tuple[Kind, dict[str, Any], str]] = [
     (Demonstration, {"prompt": "a", "chosen": "b", "rejected": "c"},
      "prompt, chosen and rejected, which preference methods (dpo, orpo) read"),
-    (Demonstration, {"query": "a", "reply": "b"}, "The row has 'query', 'reply'. This method reads prompt,"),
+    (Demonstration, {"query": "a", "reply": "b"}, "has 'query', 'reply'. Supervised methods (sft) read prompt,"),
+    (Demonstration, {"promt": "a", "reply": "b"}, "Did you mean 'prompt' by 'promt'? Rename the fields, with your own "
+     "in place of FIELD: jq -c '{prompt: .[\"promt\"], completion: .FIELD}'"),
+    (Demonstration, {"promt": "a", "completion": "b"}, "Rename the fields: jq -c '{prompt: .[\"promt\"], completion}'"),
     (Demonstration, {"query": "a", "reply": "b"}, "jq -c '{prompt: .FIELD, completion: .FIELD}'"),
     (Demonstration, {"prompt": "a", "completion": "b", "label": True}, "a label, which losses of unpaired preference"),
     (Demonstration, {"prompt": "a", "completion": "b", "label": 0}, "a label, which losses of unpaired preference"),

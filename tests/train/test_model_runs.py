@@ -16,8 +16,8 @@ from small_tokenizers import CHATML, byte_pairs
 from lossfns.backend import ByteTokenizer, LocalTrainingClient
 from lossfns.backend.model import hf
 from lossfns.cli import main
-from lossfns.train import measures, sample_command
-from lossfns.train.examples import demonstration
+from lossfns.train import measures, sample_command, tasks
+from lossfns.train.examples import Demonstration, Problem, demonstration
 from lossfns.train.render import Renderer
 
 CHAT = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
@@ -29,7 +29,9 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_an_exported_model_starts_where_its_run_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exported_model_starts_where_its_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Bits per byte count the bytes of the text alone, whatever the tokens are."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}+2=", "completion": f"{i + 2} é"}) + "\n" for i in range(20)))
@@ -38,7 +40,12 @@ def test_an_exported_model_starts_where_its_run_ended(tmp_path: Path, capsys: py
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.startswith("lossfns: DIR: expected a new or empty folder")
+    told: list[str] = []
+    monkeypatch.setattr("lossfns.train.export_command.status", lambda: contextlib.nullcontext(told.append))
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    assert torch.get_num_threads() == 1  # two threads took four times the CPU time on a busy machine
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    assert told == ["loading the model", f"reading {checkpoint}", f"writing {tmp_path}/model"]
     assert main(["train", "sft", "--model", str(tmp_path / "model"), *given, str(tmp_path / "next")]) == 0
     assert "Loading weights" not in capsys.readouterr().err  # no bar where no terminal shows it
     ended, began = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "next"))
@@ -88,6 +95,17 @@ def test_a_model_with_adapters_is_trained_measured_and_sampled(
             assert main(sample) == 0, loss
             shown.append(capsys.readouterr().out)
         assert shown[0] == shown[1] != "", loss
+
+
+def test_a_chat_model_that_gets_texts_as_prompts_is_warned_about(tmp_path: Path) -> None:
+    renderer, data = Renderer(byte_pairs(CHATML)), tmp_path / "rows.jsonl"
+    for prompt, warned in (("{}+2=", True), ([{"role": "user", "content": "{}+2="}], False)):
+        rows = [json.dumps({"prompt": prompt, "answer": "4"}).replace("{}", f"{i}") for i in range(4)]
+        data.write_text("\n".join(rows))
+        note = tasks.load(str(data), renderer, Problem).note
+        assert ("\nwarning: the model has a chat template" in note) == warned
+    data.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert "warning" not in tasks.load(str(data), renderer, Demonstration).note  # no prompt that a template could write
 
 
 def test_a_sample_ends_with_the_context_and_says_so(

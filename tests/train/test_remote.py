@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,9 @@ def test_a_run_on_a_server_is_resumed_and_sampled(
         first = capsys.readouterr().out
         assert main(sample) == 0
         assert capsys.readouterr().out == first and first.startswith("sample 1:")
+        assert main(["export", run, str(tmp_path / "model")]) == 2
+        way = re.search(r"newest checkpoint is tinker://.* lossfns export STATE/(\S+) DIR", capsys.readouterr().err)
+        assert way and main(["export", str(tmp_path / "state" / way[1]), str(tmp_path / "model")]) == 0
 
 
 def test_what_a_server_cannot_do_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,29 @@ def test_a_report_has_the_held_out_measure_first_and_the_command_that_repeats_th
     assert reader.tags.count("circle") == 4 and "finished" in reader.said and "120" in reader.said  # tokens: 30 · 4
 
 
+def test_the_look_at_a_batch_explains_its_numbers(tmp_path: Path) -> None:
+    page = report(read_record(folder_of(tmp_path / "run")))
+    look = page[page.index("What the loss does to a batch") : page.index("Options")]
+    assert '<th>without</th><th class="n">g changes by</th>' not in look  # the loss of this run reads no column
+    path = tmp_path / "run" / "batch.json"
+    rows = [["without", "Σ|g - g'|", "of Σ|g|"], ["advantages", "0.5", "100%"]]  # as it was written until 2026-11
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"columns": rows}))
+    page = report(read_record(tmp_path / "run"))
+    for text in ("g changes by", "advantages of 0", "Opposite signs cancel in the sum", "1/N in a mean over N tokens"):
+        assert text in page, text
+    assert "Σ|g - g" not in page
+
+
+def test_a_comparison_says_in_words_how_models_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [folder_of(tmp_path / name) for name in ("a", "b")]
+    config = json.loads((folders[0] / "config.json").read_text())
+    config["model"] |= {"model_name": "other", "parameters": 7}
+    (folders[0] / "config.json").write_text(json.dumps(config))
+    assert main(["compare", *map(str, folders)]) == 0
+    shown = capsys.readouterr().out
+    assert "  name of the model\n    1  other\n" in shown and "  number of parameters\n    1  7\n" in shown
+
+
 def test_a_run_that_goes_on_has_a_report_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(tmp_path / "run")
     for name in ("result.json", "batch.json", "evaluations.jsonl"):
@@ -113,6 +136,7 @@ def test_a_run_that_goes_on_has_a_report_as_far_as_it_goes(tmp_path: Path, capsy
     stopped = {"stopped_early": True, "seconds": 38.0}  # the last step ends after 38 seconds
     for seconds, state in ((38.0, "stopped early"), (20.0, "not ended")):
         (folder / "result.json").write_text(json.dumps(stopped | {"seconds": seconds}))
+        assert read_record(folder).seconds == (38.0 if state == "not ended" else seconds)
         assert read_record(folder).state == state
     (folder / "evaluations.jsonl").write_text('{"phase": "grpo", "step": "x"}\n')
     assert main(["plot", str(folder)]) == 2 and "evaluations.jsonl:1: expected a row" in capsys.readouterr().err

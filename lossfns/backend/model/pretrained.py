@@ -61,6 +61,7 @@ def new_folder(path: Path) -> Iterator[tuple[Path, Path]]:
             raise LossInputError("path", "a new or empty folder", f"{path}", "Choose another: nothing is overwritten.")
         temporary.mkdir(parents=True)
         yield temporary, final
+        readable_as_others(temporary)
         if final.exists():
             final.rmdir()
         os.rename(temporary, final)
@@ -70,6 +71,14 @@ def new_folder(path: Path) -> Iterator[tuple[Path, Path]]:
         raise LossInputError("path", "a folder to write to", f"{path} ({error})", "Choose another.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def readable_as_others(folder: Path) -> None:
+    """Give files the mode that the umask gives: ``safetensors`` writes them for their owner alone."""
+    mode = folder.stat().st_mode & 0o666  # that of a new folder, without the bits to enter it
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -184,16 +193,16 @@ def save_adapters(model: Any, tokenizer: Any, folder: Path, final: Path) -> None
     for layer in layers:
         if getattr(layer, "merged", False):
             layer.unmerge()
-    base = base_model(model)
+    config = copy.deepcopy(model.peft_config[name])
+    state = lora.peft().get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    without_adapters(model)
     source = os.path.abspath(model.name_or_path) if os.path.exists(model.name_or_path) else model.name_or_path
-    if not has_weights_of(base, source):
-        base.save_pretrained(folder / BASE)
+    if not has_weights_of(model, source):
+        model.save_pretrained(folder / BASE)
         save_tokenizer(tokenizer, folder / BASE)
         source = str(final / BASE)
-    config = copy.deepcopy(model.peft_config[name])
     config.base_model_name_or_path, config.task_type, config.inference_mode = source, "CAUSAL_LM", True
     config.save_pretrained(folder)
-    state = lora.peft().get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if tokenizer is not None and len(tokenizer) == len(model.get_input_embeddings().weight):
         save_tokenizer(tokenizer, folder)
     save_tensors({f"base_model.model.{key}": x for key, x in state.items()}, folder / "adapter_model.safetensors")
@@ -211,13 +220,11 @@ def other_adapters(got: str) -> LossInputError:
     return LossInputError("merge", "one adapter in effect, as one file of peft has", got, fix)
 
 
-def base_model(model: Any) -> Any:
-    """Return a copy of a model of transformers without its adapters."""
-    base = copy.deepcopy(model)
-    for layer in lora.wrapped_layers(base):
+def without_adapters(model: Any) -> None:
+    """Take the adapters off a model of transformers, in place."""
+    for layer in lora.wrapped_layers(model):
         layer.enable_adapters(False)
-    lora.merge(base)
-    return base
+    lora.merge(model)
 
 
 def has_weights_of(model: Any, source: str) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,22 @@ def distance(client: LocalTrainingClient, other: Any) -> float:
     theirs = other if isinstance(other, LocalTrainingClient) else None
     others = logprobs(theirs) if theirs else [x.detach() for x in alone(other.eval())]
     return max(float((a - b).abs().max()) for a, b in zip(logprobs(client), others, strict=True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs the modes of files")
+def test_the_files_of_an_export_have_the_modes_of_the_umask(tmp_path: Path) -> None:
+    """A server of another user can read them: safetensors alone would write 0600."""
+    before = os.umask(0o027)
+    try:
+        client = trained(hf.CausalLM(base()))
+        client.export(tmp_path / "whole").result()
+        lora.adapt(client.model, rank=2, parts=PARTS)
+        LocalTrainingClient(client.model, device="cpu").export(tmp_path / "adapters").result()
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "adapter_model.safetensors"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 @pytest.mark.parametrize("name", MODELS)
