@@ -530,6 +530,16 @@ def test_a_batch_is_shown_with_the_columns_that_are_read() -> None:
     assert with_columns_read(batch, torch.float64, of_copies) is batch
 
 
+def test_a_vector_without_a_graph_is_no_loss() -> None:
+    """Its report shows the batch, on which the loss has no value."""
+
+    def of_each_token(data: Sequence[Any], logprobs: Sequence[Tensor]) -> Any:
+        return logprobs[0].detach(), {}
+
+    report = check(of_each_token, kind="likelihood", examples=0)
+    assert report.bug == "not-the-contract" and report.failures[0].example, report.table()
+
+
 def test_a_mean_over_padded_slots_has_one_name_in_every_law() -> None:
     """Σ w·A·lp / (B·T): neither the order of the datums nor a constant is to blame."""
 
