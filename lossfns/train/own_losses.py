@@ -15,6 +15,7 @@ from lossfns.testing.factories import FactoryLoss
 from lossfns.testing.forms import PaddedLoss
 from lossfns.testing.kinds import detect_fields_read, detect_kind
 from lossfns.testing.laws.base import ALL_FIELDS
+from lossfns.testing.laws.settings import underlying_function
 from lossfns.testing.settings import defaults_of
 from lossfns.testing.subject import adapt
 from lossfns.train.losses import SAMPLED, AnyLoss, OwnLoss, check_settings, value_of
@@ -48,8 +49,8 @@ def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
 
 
 def defined_at(subject: Any) -> str:
-    """Return the file and line of a function, or of the class of an object; an empty text if they are not known."""
-    for each in (inspect.unwrap(subject) if callable(subject) else subject, type(subject)):
+    """Return the file and line of the function of a loss, or of its class; an empty text if they are not known."""
+    for each in (inspect.unwrap(underlying_function(subject)), subject):
         with suppress(OSError, TypeError):
             return f"{inspect.getfile(each)}:{inspect.getsourcelines(each)[1]}"
     return ""

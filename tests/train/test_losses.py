@@ -239,6 +239,33 @@ def test_what_ones_own_loss_raises_is_one_line_with_its_place_also_an_exit(tmp_p
             one_step(loss_of(f"{tmp_path}/raising.py:{name}", {}), tmp_path / name, tiny(), tiny())
 
 
+WRAPPED = """
+import functools
+import lossfns.testing
+
+def scaled(logprobs, mask, scale=1.0):
+    return -scale * (logprobs * mask).sum() / mask.sum()
+
+twice = functools.partial(scaled, scale=2.0)
+padded = lossfns.testing.padded(scaled)
+
+class Scaled:
+    def __call__(self, logprobs, mask):
+        return scaled(logprobs, mask)
+
+of_class = Scaled()
+"""
+
+
+def test_the_place_of_ones_own_loss_is_that_of_its_function(tmp_path: Path) -> None:
+    """Not that of ``functools.partial`` or ``padded``, which wrap it."""
+    mine = tmp_path / "wrapped.py"
+    mine.write_text(WRAPPED)
+    for name, line in (("scaled", 5), ("twice", 5), ("padded", 5), ("of_class", 12)):
+        loss = loss_of(f"{mine}:{name}", {})
+        assert isinstance(loss, OwnLoss) and loss.place == f"{mine}:{line}", name
+
+
 def test_a_setting_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "grpo", "--set", "kl_beta=1", "--set", "clip=0.8,1.2", "--set", "kl_beta=2"])
