@@ -345,8 +345,11 @@ def csv_rows(path: str, text: str, delimiter: str, on_error: OnError) -> Iterato
             continue
         if not header:
             header = cells
-            if len(header) == 1 and (other := next((sign for sign in SEPARATORS if sign in header[0]), None)):
-                fix = f"The separator is {other!r}. Write another file: {with_separator(path, other, delimiter)}"
+            others = [sign for sign in SEPARATORS if sign != delimiter and sign in header[0]]
+            if len(header) == 1 and others:
+                fix = (
+                    f"The separator is {others[0]!r}. Write another file: {with_separator(path, others[0], delimiter)}"
+                )
                 raise LossInputError(place, f"columns with {delimiter!r} between them", shown(header[0]), fix)
             if len(set(header)) < len(header) or "" in header:
                 raise LossInputError(place, "a name for each column, once", shown(header), "Name the columns.")

@@ -170,8 +170,9 @@ def test_a_table_with_another_separator_gets_a_command_that_works(tmp_path: Path
         subprocess.run(command, shell=True, cwd=tmp_path, check=True)
         (row,) = files.read_rows(str(tmp_path / f"separated{path.suffix}"))
         assert row.fields == {"prompt": "é", "completion": "b;,|"}
-    path.write_text("text\na;b\n")
-    assert [row.fields for row in files.read_rows(str(path))] == [{"text": "a;b"}]
+    for header, fields in (("text", {"text": "a;b"}), ('"a,b"', {"a,b": "a;b"})):
+        (tmp_path / "one.csv").write_text(f"{header}\na;b\n")
+        assert [row.fields for row in files.read_rows(str(tmp_path / "one.csv"))] == [fields]
 
 
 def test_a_converted_table_is_named_as_a_table(tmp_path: Path) -> None:
