@@ -214,7 +214,7 @@ def maker_of(loss: AnyLoss, column: str) -> Maker | None:
 
 
 def compares_samples(loss: AnyLoss) -> bool:
-    """Whether a loss reads a column that compares the samples of a problem with one another."""
+    """Return whether a loss reads a column that compares the samples of a problem with one another."""
     makers = (maker_of(loss, column) for column in loss.reads)
     return any(maker is not None and maker.make in (advantages, win_rate) for maker in makers)
 

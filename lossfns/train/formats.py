@@ -9,7 +9,7 @@ from lossfns.errors import LossInputError
 from lossfns.train import conversions
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, sequences
 from lossfns.train.files import key_of_rows, write_list
-from lossfns.train.messages import UNREAD, read_dialogue, read_messages, read_tools, shown_field, text_of, unread_of
+from lossfns.train.messages import MEDIA, read_dialogue, read_messages, read_tools, shown_field, text_of, unread_of
 from lossfns.train.render import Renderer, weight_of
 from lossfns.train.values import Row, plain, quoted, shown
 
@@ -363,7 +363,7 @@ def examples_of(row: Row, row_format: Format, renderer: Renderer) -> Sequence[An
     Raises:
         LossInputError: with the place of the row.
     """
-    for key in UNREAD:
+    for key in MEDIA:
         if row.fields.get(key) and row.fields[key] not in ("[]", "{}", "null"):
             fix = f"If the texts do not need them: {conversions.without(row, key)}"
             row.refuse("text only", f"{key!r}, which are not read", fix)
@@ -389,7 +389,7 @@ def check_vocabulary(row: Row, examples: Sequence[Example], renderer: Renderer) 
     limit = renderer.vocabulary
     if limit is None:
         return
-    largest = max((token for example in examples for tokens in tokens_of(example) for token in tokens), default=0)
+    largest = max((max(tokens, default=0) for example in examples for tokens in tokens_of(example)), default=0)
     if largest >= limit:
         fix = "The tokenizer has tokens that the model lacks: take the model's own tokenizer, or a larger model."
         row.refuse(f"token ids in [0, {limit}), those of the model", f"{largest} ({renderer.shown([largest])!r})", fix)

@@ -27,15 +27,15 @@ ROLES = {
 }
 """Roles by their names. A ``function_call`` is a message whose text is the call."""
 
-UNREAD = ("images", "image", "videos", "video", "audio", "audios")
-"""Fields of a row or of a message that are not read, although a text may depend on them."""
+MEDIA = ("images", "image", "videos", "video", "audio", "audios")
+"""Fields of images, videos and sounds, in a row or a message. Such a row is refused: its text may depend on them."""
 
-READ = {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content"}
-READ |= {"weight", "train"}
+READ = {"role", "content", "reasoning_content", "from", "value", "weight", "train",
+        "name", "tool_calls", "tool_call_id", "function_call"}  # fmt: skip
 """The fields of a message that are read."""
 
 SMALLEST_WEIGHT = 1e-37
-"""The smallest weight of a message that is trained: float32, in which weights are counted, has no much smaller one."""
+"""The smallest weight of a message that is trained. Weights are float32, in which much smaller ones are 0."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 """The types of parts of a message that are its text."""
@@ -53,7 +53,7 @@ def read_message(row: Row, name: str, value: Any) -> dict[str, Any]:
     """Read one message: its text, its calls of tools, its reasoning, and the weight of its tokens."""
     if not isinstance(value, dict):
         row.refuse(f"a message under {quoted(name)}", shown(value), "Each message has a role and a content.")
-    for key in UNREAD:
+    for key in MEDIA:
         if value.get(key):
             fix = "Leave it out if the text does not need it, or else the row."
             row.refuse(f"text only under {quoted(name)}", f"{key!r}, which is not read", fix)
@@ -103,7 +103,7 @@ def read_content(row: Row, name: str, value: dict[str, Any], key: str, empty: bo
 
 
 def is_text(part: Any) -> bool:
-    """Whether a part of a message is text."""
+    """Return whether a part of a message is text."""
     return isinstance(part, dict) and (part.get("type") or "text") in TEXT_PARTS
 
 

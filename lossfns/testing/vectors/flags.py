@@ -120,8 +120,8 @@ ORDINARY_TOLERANCE = {"float64": [1e-9, 1e-12], "float32": [1e-5, 1e-6]}
 def explains(bug: str, vector: Vector, reply: Mapping[str, Any], dtype: str) -> bool:
     """Return whether a reply equals the answer of a loss that has this bug.
 
-    To accept a must-reject vector is the bug itself. The exception are epsilons for bounds, which a loss that does not
-    check its bounds accepts, too: the bug is named if the numbers are those with the bounds 1 − low and 1 + high.
+    A loss that accepts a must-reject vector has the bug. ``clip-as-epsilon`` needs more, since a loss that does not
+    check its bounds accepts epsilons, too: its numbers must be those of the bounds 1 − low and 1 + high.
     """
     if vector.error is not None:
         if bug != "clip-as-epsilon":
