@@ -173,11 +173,9 @@ def with_warning_of_long_answers(task: Task[Problem], options: Options) -> Task[
     Raises:
         LossInputError: if no answer is short enough.
     """
-    lengths = answer_lengths(task)
-    exact = reward_name(task, options) == "exact"
-    most = options.max_tokens or max(lengths)
+    lengths, most = answer_lengths(task), max_tokens_of(task, options)
     longer = sum(length > most for length in lengths)
-    if not exact or not longer:
+    if reward_name(task, options) != "exact" or not longer:
         return task
     if longer == len(lengths):
         expected = f"at least {min(lengths)}, the tokens of the shortest answer"
