@@ -11,10 +11,10 @@ import socket
 import threading
 import warnings
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import print_refusal
+from lossfns.terminal import print_refusal, printable
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -134,16 +134,10 @@ def serve(app: Starlette, *, host: str = "127.0.0.1", port: int = 8000, log: boo
             runner.run(serve_socket(app, sock, log))
 
 
-def log_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def log_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Log a warning as one line. Its place would be one of the server's own threads."""
-    logging.getLogger("lossfns.server").warning("%s: %s", category.__name__, " ".join(str(message).split()))
+    text = printable(" ".join(str(message).split()))
+    logging.getLogger("lossfns.server").warning("%s: %s", category.__name__, text)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -54,8 +54,8 @@ def test_a_server_starts_logs_and_ends_by_a_signal(tmp_path: Path) -> None:
 
 def test_a_warning_is_one_line_of_the_log_without_its_place(caplog: pytest.LogCaptureFixture) -> None:
     """A thread that runs a request is no place where anyone could change a call."""
-    log_warning(LossWarning("the old_logprobs\n  are 0"), LossWarning, "/usr/lib/thread.py", 58)
-    assert caplog.messages == ["LossWarning: the old_logprobs are 0"]
+    log_warning(LossWarning("the old_logprobs\n  are 0\x1b[2J"), LossWarning, "/usr/lib/thread.py", 58)
+    assert caplog.messages == [r"LossWarning: the old_logprobs are 0\x1b[2J"]
 
 
 def test_what_cannot_be_served_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
