@@ -85,7 +85,7 @@ class Trials(NamedTuple):
         """
         for trial in self.trials:
             doing(trial.law)
-            with without_expected_warnings():
+            with without_side_effects():
                 verdict = trial.run()
             yield verdict
             if trial.law == "contract" and verdict.verdict == "wrong":
@@ -163,7 +163,7 @@ def prepare(
     if kind is None and takes_rewards(subject):
         kind = "advantages"
     if kind == "advantages":
-        with without_expected_warnings():
+        with without_side_effects():
             subject = adapt_advantages(subject)
         trials = [Trial(law.__name__, statement(law), partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
         return Trials(kind, False, couples, "", "", without_skipped(trials, skip))
@@ -209,7 +209,7 @@ def prepare_loss(
 ) -> Trials:
     """Return a trial of each law of a loss."""
     coupled = {law.__name__: f"it couples the batch: {couples}" for law in COUPLED if couples}
-    with without_expected_warnings():
+    with without_side_effects():
         loss_fn = adapt(subject, factory=factory)
         claim = like or claim_of(subject, loss_fn)
         kind, guessed = (kind, False) if kind else detect_kind(claim or loss_fn)
@@ -266,8 +266,8 @@ def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial
 
 
 @contextmanager
-def without_expected_warnings() -> Iterator[None]:
-    """Ignore all warnings of a loss, which extreme batches cause. Put back global state that the loss changes."""
+def without_side_effects() -> Iterator[None]:
+    """Ignore all warnings of a loss: extreme batches cause them. Put back global state that the loss changes."""
     with warnings.catch_warnings(), global_state_kept():
         warnings.simplefilter("ignore")
         yield
@@ -393,7 +393,7 @@ def run_law(
     small: Sequence[Batch],
     drawn: Any,
     examples: int,
-    show: Callable[[Batch], str] = str,
+    show: Callable[[Batch], str],
 ) -> Verdict:
     """Run a law on the small batches in order, then on random ones, and report the smallest batch that breaks it."""
     start = time.monotonic()

@@ -218,7 +218,7 @@ def check_and_send(
 
 def learned(subject: Any, kind: str, factory: bool | None) -> list[str]:
     """Return where exact gradient steps lead in the worlds of this kind, in words, or why that is not known."""
-    from lossfns.testing.check import without_expected_warnings
+    from lossfns.testing.check import without_side_effects
     from lossfns.testing.kinds import detect_targets
     from lossfns.testing.laws.base import describe_error
     from lossfns.testing.subject import adapt
@@ -227,7 +227,7 @@ def learned(subject: Any, kind: str, factory: bool | None) -> list[str]:
     if kind == "advantages":
         return [f"there is no world for {kind}"]
     try:
-        with without_expected_warnings():
+        with without_side_effects():
             loss_fn = adapt(subject, factory=factory)
             return advice(loss_fn, kind, detect_targets(loss_fn, kind)) or [f"there is no world for the kind {kind}"]
     except Exception as error:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lossfns.loading import load
-from lossfns.testing.check import Trial, prepare, without_expected_warnings
+from lossfns.testing.check import Trial, prepare, without_side_effects
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 def test_law(trial: Trial) -> None:
     """Fail where the subject breaks the law; skip where the law does not apply to it."""
-    with without_expected_warnings():
+    with without_side_effects():
         verdict = trial.run()
     if verdict.verdict in ("n/a", "skipped"):
         pytest.skip(verdict.seen)  # the reason why the law does not apply

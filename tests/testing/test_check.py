@@ -22,7 +22,7 @@ from lossfns.cli import main
 from lossfns.testing import mutants, padded
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import check, kind_named, prepare, with_columns_read, without_expected_warnings
+from lossfns.testing.check import check, kind_named, prepare, with_columns_read, without_side_effects
 from lossfns.testing.claims import CLAIMS
 from lossfns.testing.explain import LAWS
 from lossfns.testing.kinds import KINDS, SMALL, columns_for_kind
@@ -242,7 +242,7 @@ def test_what_is_made_with_another_setting_is_another_loss() -> None:
 
 def verdict(subject: Any, law: str, examples: int = 0) -> Verdict:
     """Return the verdict of one law."""
-    with without_expected_warnings():
+    with without_side_effects():
         return next(trial for trial in prepare(subject, examples=examples).trials if trial.law == law).run()
 
 

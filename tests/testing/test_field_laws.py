@@ -13,7 +13,7 @@ import lossfns
 from lossfns.loss import Loss
 from lossfns.testing import field
 from lossfns.testing.batch import Batch
-from lossfns.testing.check import Trial, check, prepare, without_expected_warnings
+from lossfns.testing.check import Trial, check, prepare, without_side_effects
 from lossfns.testing.laws import ANY_KIND, LAWS_BY_KIND
 from lossfns.testing.report import Verdict
 from lossfns.testing.strategies import batches
@@ -32,7 +32,7 @@ def verdicts(subject: Any, kind: str, *, of_kind_alone: bool) -> list[Verdict]:
 
 
 def run(trials: Iterable[Trial]) -> list[Verdict]:
-    with without_expected_warnings():
+    with without_side_effects():
         return [trial.run() for trial in trials]
 
 
@@ -205,7 +205,7 @@ def test_every_law_of_these_kinds_says_something_of_a_correct_loss() -> None:
     """No law steps aside for all of them. Each is tried until it has passed once."""
     kinds = ("preference", "unpaired", "reweighted", "distillation")
     silent = {law.__name__ for k in kinds for law in LAWS_BY_KIND[k]} - OF_ANY_KIND
-    with without_expected_warnings():
+    with without_side_effects():
         for kind, subject in ((k, correct) for k in kinds for correct in field.CORRECT[k].values()):
             trials = prepare(subject, kind=kind, examples=0).trials
             silent -= {trial.law for trial in trials if trial.law in silent and trial.run().verdict == "pass"}

@@ -11,7 +11,7 @@ import pytest
 import lossfns
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import prepare, without_expected_warnings
+from lossfns.testing.check import prepare, without_side_effects
 from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND, SELF_CONTAINED
 from lossfns.testing.mutants import CLOSED_FORMS, MUTANTS, correct_loss, oracle_loss
 from lossfns.testing.report import BROKEN, Report, Verdict
@@ -92,7 +92,7 @@ def test_the_guide_explains_every_law_and_bug() -> None:
 def verdicts(subject: Any) -> Iterator[Verdict]:
     """Yield the verdict of each law on the small batches."""
     for trial in prepare(subject, examples=0).trials:
-        with without_expected_warnings():
+        with without_side_effects():
             verdict = trial.run()
         yield verdict
 
@@ -213,7 +213,7 @@ def test_our_losses_obey_every_law_on_random_batches(name: str) -> None:
     own = {"vectors", *(law.__name__ for law in SELF_CONTAINED)}
     drawing = [trial for trial in prepare(PRESETS[name], examples=6).trials if trial.law not in own]
     assert len(drawing) > 10
-    with without_expected_warnings():
+    with without_side_effects():
         assert [verdict for trial in drawing if (verdict := trial.run()).verdict in BROKEN] == []
 
 

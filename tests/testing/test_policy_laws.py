@@ -15,7 +15,7 @@ from torch import Tensor
 import lossfns
 from lossfns.loading import load
 from lossfns.testing import padded
-from lossfns.testing.check import prepare, without_expected_warnings
+from lossfns.testing.check import prepare, without_side_effects
 from lossfns.testing.laws.settings import asks_for_k1, claims_to_be, named_numbers, role_of
 from lossfns.testing.report import Verdict
 
@@ -26,7 +26,7 @@ def verdicts(subject: Any, *names: str) -> Iterator[Verdict]:
     """Yield the verdicts of these laws, or of all laws, without random batches."""
     for trial in prepare(subject, kind="policy", examples=0).trials:
         if not names or trial.law in names:
-            with without_expected_warnings():
+            with without_side_effects():
                 yield trial.run()
 
 
