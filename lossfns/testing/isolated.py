@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+import torch
+
 from lossfns.testing.vectors.program import ended_by_signals
 
 Send = Callable[[Any], None]
@@ -133,6 +135,7 @@ def run_child(work: Callable[[Send], None], writer: int, timeout: float) -> NoRe
     status = 1
     try:
         os.setsid()
+        torch.set_num_threads(1)  # the parent's other threads are not in this process, and would be waited for
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.alarm(int(min(timeout + 60, 2**31 - 1)))  # in case the parent is gone by then

@@ -176,6 +176,23 @@ def test_a_timeout_names_the_law(capfd: pytest.CaptureFixture[str], tmp_path: Pa
     assert found == 2 and "time was up after 2 s in the law " in out and "ok       contract" in out, out + err
 
 
+AFTER_PARALLEL_WORK = """
+import sys
+import torch
+from lossfns.cli import main
+
+torch.set_num_threads(2)
+torch.ones(1000, 1000).exp()
+sys.exit(main(["check", "lossfns:cross_entropy", "--examples", "0", "--timeout", "30"]))
+"""
+
+
+def test_a_check_does_not_wait_for_the_threads_of_its_caller() -> None:
+    """A fork copies the calling thread alone: parallel work in the child would wait for the others until time is up."""
+    ran = subprocess.run([sys.executable, "-c", AFTER_PARALLEL_WORK], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0 and "time was up" not in ran.stdout, ran.stdout
+
+
 def test_a_timeout_after_something_wrong_exits_with_1(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = f"import time\n{LATER}time.sleep(1000)\nlogprobs_list = [len(calls) * lp for lp in logprobs_list]"
     found, out, _ = run(capfd, write_loss(tmp_path, code), "--timeout", "2")
