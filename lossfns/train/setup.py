@@ -162,8 +162,9 @@ def check_room(task: Task[Problem], options: Options) -> None:
     longest = max(len(problem.prompt) for problem in task.held_out + task.train)
     most, room = max_tokens_of(task, options), task.renderer.context - longest
     if most > room:
-        expected = f"at most {room:g}, what the longest prompt ({longest} tokens) leaves of the model's context"
-        fix = f"Pass --max-tokens {room:g}, or leave out long rows."
+        expected = f"at most {max(room, 0):g}, what the longest prompt ({longest} tokens) leaves of the model's context"
+        way = f"Pass --max-tokens {room:g}" if room >= 1 else "Take a model with a longer context"
+        fix = f"{way}, or leave out long rows."
         raise LossInputError("--max-tokens", expected, f"{most}", fix)
 
 
