@@ -172,7 +172,7 @@ def with_numbers(used: list[Usable]) -> tuple[list[Usable], list[LossInputError]
         answers = [example.answer or "" for example in examples if isinstance(example, Problem)]
         wrong = [answer for answer in answers if last_number(answer) is None]
         if wrong:
-            expected, fix = "a number in the answer (--reward number)", "Mend the row, or pass another --reward."
+            expected, fix = "a number in the answer (--reward number)", "Mend the row, or train with another --reward."
             errors.append(LossInputError(row.place, expected, shown(wrong[0]), fix))
         else:
             kept.append((row, examples, n))
