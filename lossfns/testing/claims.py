@@ -69,7 +69,7 @@ def agreement(like: Loss) -> Law:
     def agreement(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
         probe = Probe.of(loss_fn, data, logprobs)
         for batch in (
-            with_weights_above_one(unpoisoned(probe.batch)),
+            with_weights_of_at_least_one(unpoisoned(probe.batch)),
             *generic_batches(probe.batch),
             *vary_advantages_by_token(generic_batches(probe.batch)[2]),
         ):
@@ -80,10 +80,10 @@ def agreement(like: Loss) -> Law:
                 raise LawBroken("another-loss", seen, batch)
 
     agreement.__doc__ = f"It has the value and the gradient of {like!r}."
-    return with_severity(*CLAIMS["agreement"][1:], agreement)
+    return with_severity(CLAIMS["agreement"].severity, CLAIMS["agreement"].why, agreement)
 
 
-def with_weights_above_one(batch: Batch) -> Batch:
+def with_weights_of_at_least_one(batch: Batch) -> Batch:
     """Return the batch with its weights doubled until those of each sequence that has any add up to at least 1.
 
     Masks of 0 and 1 do. Below 1 the law ``small_weights`` compares: many losses divide by ``mask.sum().clamp(min=1)``.
@@ -138,7 +138,7 @@ def small_weights(like: Loss) -> Law:
         require(not difference, "epsilon-in-denominator", seen, small)
 
     small_weights.__doc__ = f"It agrees with {like!r} also where the weights of a batch add up to less than 1."
-    return with_severity(*CLAIMS["small_weights"][1:], small_weights)
+    return with_severity(CLAIMS["small_weights"].severity, CLAIMS["small_weights"].why, small_weights)
 
 
 def vary_advantages_by_token(batch: Batch) -> Iterator[Batch]:
@@ -181,7 +181,7 @@ def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
     vectors.__doc__ = (
         f"It gives the right answer to the {len(matched)} golden vectors of {like.name} with its settings."
     )
-    return with_severity(*CLAIMS["vectors"][1:], vectors)
+    return with_severity(CLAIMS["vectors"].severity, CLAIMS["vectors"].why, vectors)
 
 
 def reply_of(loss_fn: LossFn, vector: Vector, dtype: torch.dtype) -> Mapping[str, Any]:
